@@ -1,0 +1,172 @@
+"""Qwen-VL: the Qwen-7B language model (Bai et al. 2023a) that reads pictures as spans of 256 feature vectors (Bai et al. 2023b).
+
+Shapes: B batch, T query length, S key length, N heads, H head dim, D model dim, F feed-forward dim, V vocabulary, L layers,
+I images, Q resampler queries. The model is a plain pytree: pass it through jax.jit, jax.grad and jax.lax.scan as it is.
+Text, tokenisation and picture files are the processor's business; sampling is inference's.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from qwenvl_jax.config import QwenVLConfig, VisionConfig
+from qwenvl_jax.models.resampler import Resampler
+from qwenvl_jax.models.vit import Vit
+from qwenvl_jax.nn import cache as kv_cache
+from qwenvl_jax.nn.attention import attend
+from qwenvl_jax.nn.linear import Embedding, Linear
+from qwenvl_jax.nn.norm import LayerNorm, RMSNorm
+from qwenvl_jax.nn.rope import inverse_frequencies, logn_scale, ntk_alpha, rotary_table, rotate
+
+
+class Context(NamedTuple):
+    """What attention needs to know about a batch of tokens besides the tokens; the same for every layer."""
+
+    mask: jax.Array  # bool [B, T, S], True where a query may look
+    cos: jax.Array  # float32 [B, T, rotary_dim / 2]
+    sin: jax.Array
+    query_scale: jax.Array | None  # float32 [B, T], logn attention; None in training
+    cache_start: jax.Array | None = None  # int [B], the slot of each sequence's first new token
+
+
+class Block(nnx.Module):
+    """One decoder layer: attention and gated MLP, each after an RMSNorm and added to the residual stream."""
+
+    def __init__(self, config: QwenVLConfig, *, dtype, rngs: nnx.Rngs):
+        dim, std = config.hidden_size, config.initializer_range
+        residual_std = std / (2 * config.num_hidden_layers) ** 0.5
+        self.heads = config.num_attention_heads
+        self.norm_attention = RMSNorm(dim, epsilon=config.layer_norm_epsilon, dtype=dtype)
+        self.qkv = Linear(dim, (3, dim), axes=("embed", None, "heads"), bias=True, std=std, dtype=dtype, rngs=rngs)
+        self.out = Linear(dim, dim, axes=("heads", "embed"), std=residual_std, dtype=dtype, rngs=rngs)
+        self.norm_mlp = RMSNorm(dim, epsilon=config.layer_norm_epsilon, dtype=dtype)
+        self.up = Linear(dim, config.mlp_width, axes=("embed", "mlp"), std=std, dtype=dtype, rngs=rngs)
+        self.gate = Linear(dim, config.mlp_width, axes=("embed", "mlp"), std=std, dtype=dtype, rngs=rngs)
+        self.down = Linear(config.mlp_width, dim, axes=("mlp", "embed"), std=residual_std, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, context: Context, cache: kv_cache.LayerCache | None = None):
+        """x [B, T, D] -> ([B, T, D], (k, v)).
+
+        Without a cache, attention is among the T tokens and their keys and values are returned. With one, they are stored
+        at `context.cache_start`, attention is over the whole cache, and the filled cache is returned.
+        """
+        qkv = self.qkv(self.norm_attention(x))  # [B, T, 3, D]
+        q, k, v = (qkv[..., i, :].reshape(*x.shape[:2], self.heads, -1) for i in range(3))
+        q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
+        if context.query_scale is not None:
+            q = q * context.query_scale[..., None, None].astype(q.dtype)
+        if cache is not None:
+            k, v = kv_cache.write(cache, k, v, context.cache_start)
+        x = x + self.out(attend(q, k, v, context.mask).reshape(x.shape))
+        hidden = self.norm_mlp(x)
+        return x + self.down(self.up(hidden) * jax.nn.silu(self.gate(hidden))), (k, v)
+
+
+class VisionTower(nnx.Module):
+    """Picture to features: ViT, resampler, norm, projection."""
+
+    def __init__(self, config: VisionConfig, *, residual_std: float, dtype, rngs: nnx.Rngs):
+        dim = config.output_dim
+        self.vit = Vit(config, residual_std=residual_std, dtype=dtype, rngs=rngs)
+        self.resampler = Resampler(config, dtype=dtype, rngs=rngs)
+        self.norm_post = LayerNorm(dim, epsilon=config.layer_norm_epsilon, dtype=dtype)
+        self.projection = Linear(dim, dim, axes=("embed", None), std=dim**-0.5, dtype=dtype, rngs=rngs)
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """pixels [I, 3, S, S], normalised -> [I, Q, D]."""
+        return self.projection(self.norm_post(self.resampler(self.vit(pixels))))
+
+
+class QwenVL(nnx.Module):
+    """The whole model. `layers` is one stacked Block (scanned; training) or, after `unstack`, a list (inference)."""
+
+    def __init__(self, config: QwenVLConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        dim, std = config.hidden_size, config.initializer_range
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, dim, axes=("vocab", "embed"), std=std, dtype=dtype, rngs=rngs)
+        self.layers = jax.vmap(lambda keys: Block(config, dtype=dtype, rngs=keys))(rngs.split(config.num_hidden_layers))
+        self.norm_final = RMSNorm(dim, epsilon=config.layer_norm_epsilon, dtype=dtype)
+        self.lm_head = Linear(dim, config.vocab_size, axes=("embed", "vocab"), std=std, dtype=dtype, rngs=rngs)
+        residual_std = std / (2 * config.num_hidden_layers) ** 0.5
+        self.visual = VisionTower(config.visual, residual_std=residual_std, dtype=dtype, rngs=rngs)
+
+    def encode_images(self, pixels: jax.Array) -> jax.Array:
+        """pixels float32 [I, 3, S, S], normalised -> features [I, Q, D] in the model's dtype."""
+        return self.visual(pixels)
+
+    def embed(self, ids: jax.Array, features: jax.Array | None = None, image_slots: jax.Array | None = None) -> jax.Array:
+        """Token embeddings with picture features in their slots.
+
+        ids int [B, T]; features [I, Q, D]; image_slots int [B, T]: row of `features` flattened to [I*Q, D], -1 for text.
+        Returns [B, T, D].
+        """
+        x = self.embedding(ids)
+        if features is None:
+            return x
+        rows = features.reshape(-1, features.shape[-1])[jnp.maximum(image_slots, 0)]
+        return jnp.where(image_slots[..., None] >= 0, rows.astype(x.dtype), x)
+
+    def context(
+        self,
+        mask: jax.Array,
+        positions: jax.Array,
+        frequencies: jax.Array,
+        *,
+        training: bool = False,
+        cache_start: jax.Array | None = None,
+    ) -> Context:
+        """Attention context of a batch.
+
+        mask bool [B, T, S]; positions int [B, T]; frequencies float32 [B, rotary_dim / 2] from `frequencies(config, lengths)`.
+        Training switches logn attention off, as the original does.
+        """
+        cos, sin = rotary_table(positions, frequencies)
+        logn = self.config.use_logn_attn and not training
+        return Context(mask, cos, sin, logn_scale(positions, self.config.seq_length) if logn else None, cache_start)
+
+    def __call__(self, x: jax.Array, context: Context, cache: list | None = None, *, remat: bool = False):
+        """x [B, T, D] from `embed` -> (hidden [B, T, D] after the last norm, keys and values per layer).
+
+        Stacked layers are scanned and return no keys and values; `remat` recomputes each layer in the backward pass.
+        """
+        if isinstance(self.layers, Block):
+
+            def body(x, layer):
+                return layer(x, context)[0], None
+
+            x, kv = jax.lax.scan(jax.checkpoint(body) if remat else body, x, self.layers)
+        else:
+            kv = []
+            for i, layer in enumerate(self.layers):
+                x, layer_kv = layer(x, context, None if cache is None else cache[i])
+                kv.append(layer_kv)
+        return self.norm_final(x), kv
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] -> float32 [..., V]."""
+        return self.lm_head(hidden).astype(jnp.float32)
+
+
+def frequencies(config: QwenVLConfig, lengths) -> np.ndarray:
+    """float32 [B, rotary_dim / 2]: rotary frequencies of prompts of these lengths, on the host.
+
+    Dynamic NTK makes them a function of the prompt's length, fixed for all that is generated after it. Pass 0 for training.
+    """
+    alphas = [ntk_alpha(int(n), config.seq_length) if config.use_dynamic_ntk else 1 for n in lengths]
+    return np.stack([inverse_frequencies(config.rotary_dim, config.rotary_emb_base, alpha) for alpha in alphas])
+
+
+def unstack(model: QwenVL) -> QwenVL:
+    """The same model with a list of layers: decoding then reads each layer's weights in place."""
+    if not isinstance(model.layers, Block):
+        return model
+    graph, state = nnx.split(model)
+    model = nnx.merge(graph, state)  # a copy of the structure; the arrays are shared
+    stacked = model.layers
+    model.layers = nnx.List(
+        [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(model.config.num_hidden_layers)]
+    )
+    return model

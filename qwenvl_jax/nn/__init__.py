@@ -1,0 +1,1 @@
+"""Building blocks shared by all models: linear maps, norms, rotary positions, attention, the KV cache."""
