@@ -1,0 +1,1 @@
+"""Training data: pictures this project draws itself, records of other formats, and the pipeline that batches them."""
