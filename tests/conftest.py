@@ -1,0 +1,50 @@
+"""What every test shares: eight virtual CPU devices, a compilation cache on disk, and the folders of test data.
+
+Not here: numerics (the model sets its own matmul precision) and model building (each test makes what it needs).
+"""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+TESTS = Path(__file__).parent
+REPOSITORY = TESTS.parent
+
+# Before the first array exists. Sharding tests need several devices; a program on one device is unaffected.
+jax.config.update("jax_num_cpu_devices", 8)
+
+# A second run of the suite mostly reads compiled programs back from here.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_compilation_cache_dir", str(REPOSITORY / ".cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def golden_folder() -> Path:
+    """The folder of golden values: `QWENVL_GOLDEN`, else tests/golden. A function, for use in parametrize."""
+    return Path(os.environ.get("QWENVL_GOLDEN", TESTS / "golden"))
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of golden values."""
+    return golden_folder()
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """The folder of tiny checkpoints, adapters and pictures; the picture paths in its goldens are relative to it."""
+    return TESTS / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def real_vocabulary() -> Path:
+    """Qwen's own `qwen.tiktoken`. Its licence keeps it out of this repository, so a test that needs it may be skipped."""
+    named = os.environ.get("QWENVL_REAL_VOCABULARY")
+    if named and not Path(named).is_file():
+        pytest.fail(f"QWENVL_REAL_VOCABULARY names {named}, which is not a file")
+    path = Path(named) if named else REPOSITORY.parent / "shared" / "golden" / "qwen.tiktoken"
+    if not path.is_file():
+        pytest.skip("Qwen's vocabulary is not included: set QWENVL_REAL_VOCABULARY to a qwen.tiktoken")
+    return path
