@@ -1,0 +1,6 @@
+"""Ask about a picture: `python demo.py [--checkpoint DIR] [--image FILE --ask "..."]`. The work is in qwenvl_jax/demo."""
+
+from qwenvl_jax.demo.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Serving over HTTP; not part of this release (see `cli.py`)."""

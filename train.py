@@ -1,0 +1,6 @@
+"""Train a recipe: `python train.py configs/RECIPE.yaml [--section.field VALUE ...]`. The work is in qwenvl_jax/training."""
+
+from qwenvl_jax.training.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
