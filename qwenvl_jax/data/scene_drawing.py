@@ -133,6 +133,6 @@ def _draw_text(picture: Image.Image, text: "SceneText", scale: float) -> None:
     em_per_capital = 1000 / -_font(1000).getbbox("H", anchor="ls")[1]
     font = _font(round(text.height * scale * em_per_capital))
     draw = ImageDraw.Draw(picture)
-    for character, box in zip(text.text, text.glyph_boxes):
+    for character, box in zip(text.text, text.glyph_boxes, strict=True):
         left = box[0] - glyph_metrics(character)[1] * text.height
         draw.text((left * scale, text.baseline * scale), character, fill=text.rgb, font=font, anchor="ls")

@@ -1,4 +1,4 @@
-"""The paint of scenes: what rgb a colour name may be drawn in, what backgrounds look like, and what stands out from what."""
+"""The paint of scenes: the rgb values a colour name stands for, backgrounds, and what stands out from what."""
 
 import colorsys
 import dataclasses
@@ -8,8 +8,8 @@ import numpy as np
 
 Rgb = tuple[int, int, int]
 
-# Ranges of (hue in degrees, saturation, value). They are wide enough that the plain paints of other programs fall inside,
-# and far enough apart that no two names share a paint.
+# Ranges of (hue in degrees, saturation, value). They are wide enough that the plain paints of other programs
+# fall inside, and far enough apart that no two names share a paint.
 PAINTS = {
     "red": ((-8, 6), (0.80, 1.0), (0.72, 1.0)),
     "orange": ((25, 39), (0.85, 1.0), (0.92, 1.0)),
@@ -21,12 +21,12 @@ PAINTS = {
     "black": ((0, 360), (0.0, 0.25), (0.0, 0.12)),
 }
 BACKGROUND_KINDS = ("paper", "plain", "gradient", "noise", "stripes", "checker")
-MIN_CONTRAST = 185.0  # of `color_distance`, between a thing and the ground it stands on
+GOOD_CONTRAST, LEAST_CONTRAST = 185.0, 120.0  # of `color_distance`, between a thing and the ground it stands on
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Background:
-    """`kind` of BACKGROUND_KINDS between two near colours; `period` in pixels, `angle` in radians, `seed` of the noise."""
+    """One of BACKGROUND_KINDS in two near colours; `period` in pixels, `angle` in radians, `seed` of the noise."""
 
     kind: str
     first: Rgb
@@ -52,18 +52,23 @@ def sample_rgb(rng: np.random.Generator, color: str) -> Rgb:
 def color_distance(first: Rgb, second: Rgb) -> float:
     """A cheap perceptual distance: Euclidean in rgb with the weights of the "redmean" formula; 0 to about 765."""
     mean_red = (first[0] + second[0]) / 2
-    red, green, blue = (a - b for a, b in zip(first, second))
+    red, green, blue = (a - b for a, b in zip(first, second, strict=True))
     return math.sqrt((2 + mean_red / 256) * red**2 + 4 * green**2 + (2 + (255 - mean_red) / 256) * blue**2)
 
 
-def contrasts(background: Background, paints: list[Rgb]) -> bool:
-    """Whether each paint stands out from both colours of the background."""
-    grounds = (background.first, background.second)
-    return all(color_distance(paint, ground) >= MIN_CONTRAST for paint in paints for ground in grounds)
+def sample_background_for(rng: np.random.Generator, paints: list[Rgb]) -> Background:
+    """A background that the paints stand out from: well if one is found soon, at least visibly otherwise."""
+    wanted = GOOD_CONTRAST
+    while True:
+        background = sample_background(rng)
+        grounds = (background.first, background.second)
+        if all(color_distance(paint, ground) >= wanted for paint in paints for ground in grounds):
+            return background
+        wanted = max(LEAST_CONTRAST, wanted - 5)
 
 
 def sample_background(rng: np.random.Generator) -> Background:
-    """White paper in a quarter of the draws, else a light (mostly) or dark ground, grey or tinted, in one of six patterns."""
+    """White paper in a quarter of the draws, else a light (mostly) or dark ground, grey or tinted, in some pattern."""
     noise_seed = int(rng.integers(2**32))
     if rng.random() < 0.25:
         paper = (round(_between(rng, (246, 255))),) * 3

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from qwenvl_jax.data.scene_drawing import draw_scene, glyph_metrics
-from qwenvl_jax.data.scene_paint import Background, contrasts, sample_background, sample_rgb, text_rgb
+from qwenvl_jax.data.scene_paint import Background, sample_background_for, sample_rgb, text_rgb
 from qwenvl_jax.data.scene_shapes import UNIT_SHAPES, inside_polygon, rotation_matrix
 from qwenvl_jax.data.scene_text import WORDS
 
@@ -131,10 +131,10 @@ class Scene:
     def cell_labels(self, grid: int) -> dict[str, np.ndarray]:
         """What covers the centre of each cell of a grid x grid partition, row by row, for an auxiliary head.
 
-        Returns int32 [grid*grid] `color`, `shape`, `size`, `glyph` (0 none, else 1 + the index in COLORS, SHAPES, SIZES,
-        GLYPHS), float32 [grid*grid, 4] `box` (x1, y1, x2, y2 over the picture's width and height, of the whole object or
-        the one glyph) and bool [grid*grid] `mask` (something is there). A thing so thin that it covers no centre labels
-        the free cell that holds its own middle.
+        Returns int32 [grid*grid] `color`, `shape`, `size`, `glyph` (0 none, else 1 + the index in COLORS, SHAPES,
+        SIZES, GLYPHS), float32 [grid*grid, 4] `box` (x1, y1, x2, y2 over the picture's width and height, of the whole
+        object or the one glyph) and bool [grid*grid] `mask` (something is there). A thing so thin that it covers no
+        centre labels the free cell that holds its own middle.
         """
         steps = (np.arange(grid) + 0.5) / grid
         points = np.stack(np.meshgrid(steps * self.width, steps * self.height), axis=-1).reshape(-1, 2)
@@ -150,7 +150,7 @@ class Scene:
                 "glyph": 0,
             }
             _label(labels, thing.covers(points), thing.box, extent, values)
-        for character, box in zip(self.text.text, self.text.glyph_boxes) if self.text else ():
+        for character, box in zip(self.text.text, self.text.glyph_boxes, strict=True) if self.text else ():
             covered = np.all((points >= box[:2]) & (points <= box[2:]), axis=1)
             values = {"color": 0, "shape": 0, "size": 0, "glyph": GLYPHS.index(character) + 1}
             _label(labels, covered, box, extent, values)
@@ -183,9 +183,9 @@ def allowed_pair(color: str, shape: str, split: str) -> bool:
     return split == "test" or (color, shape) not in HELD_OUT_PAIRS
 
 
-def scene_rng(seed: int, split: str, index: int) -> np.random.Generator:
-    """The generator of one scene; splits never share one, whatever the seed and the index."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, SPLITS.index(split), index])))
+def scene_rng(seed: int, split: str, index: int, stream: int = 0) -> np.random.Generator:
+    """The generator of one scene (stream 0) or of what is asked about it (stream 1); splits never share one."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, SPLITS.index(split), index, stream])))
 
 
 def sample_scene(seed: int, split: str, index: int, max_objects: int = 6, text_share: float = 0.4) -> Scene:
@@ -203,9 +203,7 @@ def sample_scene(seed: int, split: str, index: int, max_objects: int = 6, text_s
     pairs = _sample_pairs(rng, split, _sample_count(rng, split, max_objects))
     text = _sample_text(rng, split) if rng.random() < text_share else None
     paints = [sample_rgb(rng, color) for color, _ in pairs]
-    background = sample_background(rng)
-    while not contrasts(background, paints):
-        background = sample_background(rng)
+    background = sample_background_for(rng, paints)
     for attempt in range(1000):
         if text is None or attempt < 20:
             scene_text = text and _place_text(rng, text, width, height, text_rgb(rng, background))
@@ -281,7 +279,7 @@ def _place_text(rng: np.random.Generator, text: str, width: int, height: int, rg
     baseline = top + 1.025 * size
     boxes = tuple(
         (left + (start + x1) * size, baseline + y1 * size, left + (start + x2) * size, baseline + y2 * size)
-        for start, (_, x1, y1, x2, y2) in zip(starts, metrics)
+        for start, (_, x1, y1, x2, y2) in zip(starts, metrics, strict=True)
     )
     return SceneText(text, left, baseline, size, boxes, rgb)
 
@@ -292,7 +290,7 @@ def _place_objects(rng, pairs, paints, width, height, text, small: bool) -> tupl
     may_overlap = rng.random() < 0.3
     taken = [] if text is None else [(*text.box, 0.0)]
     objects = []
-    for (color, shape), rgb in zip(pairs, paints):
+    for (color, shape), rgb in zip(pairs, paints, strict=True):
         size = "large" if rng.random() < large_share else "small"
         low, high = SIZE_RANGES[size]
         side = (low + (high - low) * rng.random()) * min(width, height)
@@ -309,7 +307,7 @@ def _place_objects(rng, pairs, paints, width, height, text, small: bool) -> tupl
 
 
 def _find_place(rng, box, taken, width: int, height: int) -> tuple[float, float] | None:
-    """A centre where `box` (around the origin) keeps clear of the boxes taken, up to the overlap each of them allows."""
+    """A centre where `box` (around the origin) keeps clear of the boxes taken, up to the overlap that each allows."""
     x1, y1, x2, y2 = box
     area = (x2 - x1) * (y2 - y1)
     for across, down in rng.random((30, 2)).tolist():
