@@ -11,8 +11,8 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check --no-input
 VERSION = $$($(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])')
 
-PICTURE := docs/images/street.png
-QUESTION := Where is the red circle?
+PICTURE := qwenvl_jax/assets/pictures/word.png
+QUESTION := Where is the yellow cross?
 
 .PHONY: demo test parity lint types format env lock dist clean
 .DEFAULT_GOAL := help

@@ -1,4 +1,4 @@
-"""Ask about a picture: `python demo.py [--checkpoint DIR] [--image FILE --ask "..."]`. The work is in qwenvl_jax/demo."""
+"""Ask about a picture: `python demo.py [--checkpoint DIR] [--image FILE --ask "..."]`; see qwenvl_jax/demo."""
 
 from qwenvl_jax.demo.cli import main
 

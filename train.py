@@ -1,4 +1,4 @@
-"""Train a recipe: `python train.py configs/RECIPE.yaml [--section.field VALUE ...]`. The work is in qwenvl_jax/training."""
+"""Train a recipe: `python train.py configs/RECIPE.yaml [--section.field VALUE ...]`; see qwenvl_jax/training."""
 
 from qwenvl_jax.training.cli import main
 

@@ -40,7 +40,7 @@ def fixtures() -> Path:
 
 @pytest.fixture(scope="session")
 def real_vocabulary() -> Path:
-    """Qwen's own `qwen.tiktoken`. Its licence keeps it out of this repository, so a test that needs it may be skipped."""
+    """Qwen's own `qwen.tiktoken`. Its licence keeps it out of this repository, so a test that needs it may skip."""
     named = os.environ.get("QWENVL_REAL_VOCABULARY")
     if named and not Path(named).is_file():
         pytest.fail(f"QWENVL_REAL_VOCABULARY names {named}, which is not a file")

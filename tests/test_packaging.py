@@ -1,4 +1,4 @@
-"""The project as a package: what the wheel holds, what its commands call, and that its declared dependencies are the real ones."""
+"""The project as a package: what the wheel holds, what its commands call, and whether it declares what it imports."""
 
 import ast
 import importlib
@@ -30,7 +30,9 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
 
 
 def test_the_wheel_holds_the_whole_package(wheel):
-    files = [path for path in (REPOSITORY / "qwenvl_jax").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    files = [
+        path for path in (REPOSITORY / "qwenvl_jax").rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    ]
     missing = {path.relative_to(REPOSITORY).as_posix() for path in files} - set(wheel.namelist())
     assert not missing
     assert any(name.startswith("qwenvl_jax/assets/") for name in wheel.namelist())
@@ -38,7 +40,14 @@ def test_the_wheel_holds_the_whole_package(wheel):
 
 def test_the_wheel_holds_the_licences_and_nothing_else(wheel):
     others = [name for name in wheel.namelist() if not name.startswith("qwenvl_jax/")]
-    assert {Path(name).name for name in others} == {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "LICENSE", "NOTICE"}
+    assert {Path(name).name for name in others} == {
+        "METADATA",
+        "WHEEL",
+        "RECORD",
+        "entry_points.txt",
+        "LICENSE",
+        "NOTICE",
+    }
 
 
 @pytest.mark.parametrize(("command", "target"), PROJECT["scripts"].items())
@@ -48,7 +57,7 @@ def test_a_command_calls_a_function_that_exists(command, target):
 
 
 def third_party_imports(folder: Path) -> dict[str, str]:
-    """Top-level module name -> one file that imports it, for everything outside the package and the standard library."""
+    """Top-level module name -> one file that imports it, but for the package itself and the standard library."""
     found = {}
     for path in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -92,7 +101,11 @@ def test_the_pins_are_complete_and_fit_the_declared_bounds(lock):
             assert re.fullmatch(r"[\w.-]+==[\w.]+", line), f"{lock.name}: {line!r} is not NAME==VERSION"
             name, _, version = line.partition("==")
             pins[canonicalize_name(name)] = version
-    wanted = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["demo"], *PROJECT["optional-dependencies"]["dev"]]
+    wanted = [
+        *PROJECT["dependencies"],
+        *PROJECT["optional-dependencies"]["demo"],
+        *PROJECT["optional-dependencies"]["dev"],
+    ]
     for requirement in map(Requirement, wanted):
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
 

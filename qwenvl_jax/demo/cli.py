@@ -1,7 +1,7 @@
 """The demo command: options in, then one answer in the terminal or the chat page of `app.py`.
 
-Everything goes through the front door (`qwenvl_jax.load`, `chat`). A mistake in the options or in a file ends in one line
-on standard error and exit status 2.
+Everything goes through the front door (`qwenvl_jax.load`, `chat`). A mistake in the options or in a file ends in one
+line on standard error and exit status 2.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qwenvl_jax.config import UserError
+from qwenvl_jax.demo.display import readable
 from qwenvl_jax.processing.images import load_image
 
 
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qwenvl-demo",
-        description="Ask a vision-language model about pictures: with --ask in the terminal, without it in the browser.",
+        description="Ask a vision-language model about pictures: with --ask in the terminal, without in the browser.",
     )
     parser.add_argument("-c", "--checkpoint", default="tiny", help="checkpoint folder (default: the model that ships)")
     terminal = parser.add_argument_group("in the terminal")
@@ -56,14 +57,14 @@ def _answer(options: argparse.Namespace) -> None:
     if options.image is not None:
         content.insert(0, {"type": "image", "image": load_image(options.image, allow_url=True)})
     if options.output is not None:
-        _check_output(options.output)
+        _check_output(options)
 
     import qwenvl_jax  # here, so that `--help` and a mistyped file name do not wait for JAX
 
     vlm = qwenvl_jax.load(options.checkpoint)
     reply = vlm.chat([{"role": "user", "content": content}])
     console = Console(highlight=False)
-    console.print(reply.text, markup=False)
+    console.print(readable(reply.text) or reply.text, markup=False)
     if reply.boxes:
         table = Table("box", "left", "top", "right", "bottom", title="in pixels of the picture")
         for box in reply.boxes:
@@ -73,7 +74,10 @@ def _answer(options: argparse.Namespace) -> None:
         _save(reply, options.output)
 
 
-def _check_output(path: str) -> None:
+def _check_output(options: argparse.Namespace) -> None:
+    path = options.output
+    if options.image is None:
+        raise UserError("--output needs --image: boxes are drawn on a picture")
     if Path(path).suffix.lower() not in Image.registered_extensions():
         raise UserError(f"--output {path}: the ending names no picture format; use .png or .jpg")
     if not Path(path).absolute().parent.is_dir():
@@ -82,10 +86,11 @@ def _check_output(path: str) -> None:
 
 def _save(reply, path: str) -> None:
     """Write the picture with the reply's boxes, or say that there is none to draw."""
-    if not reply.boxes:
-        raise UserError(f"the answer holds no box, so {path} was not written")
-    reply.draw().save(path)
-    print(f"saved {path}")
+    if reply.boxes:
+        reply.draw().save(path)
+        print(f"saved {path}")
+    else:
+        print(f"demo: the answer holds no box, so {path} was not written", file=sys.stderr)
 
 
 def _serve(options: argparse.Namespace) -> None:
