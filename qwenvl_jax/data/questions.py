@@ -364,7 +364,7 @@ def scene_questions(
     weights: dict[str, float] | None = None,
     chinese_share: float = 0.25,
 ) -> list[Question]:
-    """Up to `n` different questions about a scene, kinds drawn by `weights` (KIND_WEIGHTS; missing kinds are never asked).
+    """Up to `n` different questions about a scene, kinds drawn by `weights` (KIND_WEIGHTS; missing kinds: never).
 
     Fewer than `n` come back only where the scene has no more to ask. Raises KeyError for an unknown kind.
     """
