@@ -6,6 +6,8 @@ writes the shipped file again, bit for bit. The texts are the scenes' own questi
 Three rules keep the pieces simple: what is written on pictures is left out (words in capitals stay letter by letter,
 as digits do by the pattern), a capital never merges with the space before it, and Chinese is cut at the names of
 colours, shapes and places, so that a name is the same pieces in every sentence.
+
+A checkpoint is trained with one vocabulary: a change of the sentences in `scene_text.py` calls for a new tiny model.
 """
 
 import base64
@@ -13,14 +15,23 @@ import collections
 import itertools
 import pathlib
 import sys
+from collections.abc import Iterator
 
-import numpy as np
 import regex
 
-from qwenvl_jax.data.conversations import two_pictures
-from qwenvl_jax.data.questions import KIND_WEIGHTS, Question, as_parts, scene_questions
-from qwenvl_jax.data.scene_text import CHINESE
-from qwenvl_jax.data.scenes import sample_scene
+from qwenvl_jax.data.scene_text import (
+    CHINESE,
+    PICTURE_QUESTIONS,
+    QUESTIONS,
+    RELATION_QUESTIONS,
+    RELATION_YESNO_QUESTIONS,
+    RELATIONS,
+    enumerate_phrases,
+    name,
+    translate,
+    with_article,
+)
+from qwenvl_jax.data.scenes import COLORS, SHAPES, SIZES
 
 VOCABULARY_SIZE = 807  # with the 217 special tokens of the family 1024
 PATTERN = (
@@ -35,7 +46,6 @@ SENTENCES = (
 )
 _NAMES = sorted({word for word in CHINESE.values() if len(word) > 1} | {"大的", "小的", "一个"}, key=len, reverse=True)
 _CUTS = regex.compile("(" + "|".join(_NAMES) + ")")
-_WRITTEN = regex.compile(r"[A-Z]{2,}")
 
 
 def byte_order() -> list[int]:
@@ -44,35 +54,70 @@ def byte_order() -> list[int]:
     return printable + [value for value in range(256) if value not in printable]
 
 
-def question_texts(question: Question) -> list[str]:
-    """The text of a question and its answer, boxes as the model writes them."""
-    texts = []
-    for part in [*as_parts(question.question), *as_parts(question.answer)]:
-        if part["type"] == "text":
-            texts.append(part["text"])
-        else:
-            x1, y1, x2, y2 = (round(value) for value in part["box"])
-            texts += [part["label"] or "", f"({x1},{y1}),({x2},{y2})"]
-    return texts
+def corpus(rounds: int = 480) -> collections.Counter[str]:
+    """How often each piece (a match of PATTERN, or a part of one, by the rules above) occurs in the scenes' texts.
 
-
-def corpus(scenes: int = 700, seed: int = 0) -> collections.Counter[str]:
-    """How often each piece (a match of PATTERN, or a part of one, by the rules above) occurs in the scenes' texts."""
-    rng = np.random.Generator(np.random.Philox(seed))
+    Each round asks and answers every kind of question once in each language; sentences, colours, shapes and sizes take
+    turns, so no random numbers are involved. English is counted three times, as it is asked about three times as often.
+    """
     pieces: collections.Counter[str] = collections.Counter()
-    previous = sample_scene(seed, "train", scenes)
-    for index in range(scenes):
-        scene = sample_scene(seed, "train", index)
-        questions = scene_questions(scene, rng, 12, {**KIND_WEIGHTS, "relation_yesno": 0.8, "size": 0.8}, 0.3)
-        questions += two_pictures(previous, scene, rng, chinese_share=0.3).turns
-        previous = scene
-        for text in (*SENTENCES, *(text for question in questions for text in question_texts(question))):
-            pieces.update(_pieces(text))
+    for number in range(rounds):
+        pieces.update(piece for sentence in SENTENCES for piece in _pieces(sentence))
+        for language, weight in (("en", 3), ("zh", 1)):
+            counts = collections.Counter(piece for text in _texts(number, language) for piece in _pieces(text))
+            for piece, count in counts.items():
+                pieces[piece] += weight * count
     return pieces
 
 
+def _texts(number: int, language: str) -> Iterator[str]:
+    """The questions and answers of one round; the `number` of the round decides what they are about."""
+
+    def turn(options, step: int = 1):
+        return options[number // step % len(options)]
+
+    colors, shapes, sizes = (turn(COLORS), COLORS[(number + 3) % 8]), (turn(SHAPES, 8), turn(SHAPES, 3)), turn(SIZES, 5)
+    forms = (
+        (None, colors[0], shapes[0]),
+        (None, None, shapes[0]),
+        (None, colors[0], None),
+        (None, colors[0], shapes[0]),
+    )
+    form = turn((*forms, (sizes, colors[0], shapes[0]), (sizes, None, shapes[0])), 7)
+    ref = name(language, *form)
+    other = name(language, None, colors[1], shapes[1])
+    slots = {
+        "ref": ref,
+        "thing": with_article(ref) if language == "en" else ref,
+        "things": name(language, *form, plural=True),
+        "a": ref,
+        "b": other,
+        "k": turn((1, 2)),
+    }
+    for table in QUESTIONS.values():
+        yield from (part.format(**slots) for part in turn(table[language]).split("{box}"))
+    for axis, pair in RELATIONS.items():
+        x, y = (translate(answer, language) for answer in pair[:: turn((1, -1))])
+        for table in (RELATION_QUESTIONS[axis], RELATION_YESNO_QUESTIONS[axis]):
+            yield turn(table[language]).format(x=x, y=y, **slots)
+        yield x
+    if number % 3 == 0:
+        for table in PICTURE_QUESTIONS.values():
+            yield turn(table[language], 3).format(**slots)
+    exist = turn(("yes", "no")) if language == "en" else turn(("有", "没有"))
+    for answer in (colors[0], shapes[0], sizes, exist, turn(("both", "neither", "yes", "no"))):
+        yield translate(answer, language)
+    yield ref
+    yield f"({number % 100},{number}),({number},{number})"
+    phrases = [name(language, turn(SIZES), *pair) for pair in zip(colors, shapes, strict=True)]
+    phrases = [with_article(phrase) if language == "en" else "一个" + phrase for phrase in phrases]
+    phrases.append(turn(("the word ", "the number ") if language == "en" else ("单词", "数字")))
+    yield enumerate_phrases(phrases, language)
+    yield phrases[0]
+
+
 def _pieces(text: str):
-    for match in regex.findall(PATTERN, _WRITTEN.sub("", text)):
+    for match in regex.findall(PATTERN, text):
         if match[:1] == " " and match[1:2].isupper():
             yield from (" ", match[1:])
         else:

@@ -1,0 +1,1 @@
+"""Evaluation: predictions first, scores from the predictions alone."""
