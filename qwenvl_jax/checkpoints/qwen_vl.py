@@ -14,8 +14,8 @@ from qwenvl_jax.config import QwenVLConfig
 # Buffers that foreign exports of the same model contain and that hold nothing.
 HARMLESS_EXTRAS = (r".*\.attn\.masked_bias", r".*\.attn\.bias", r".*rotary_emb\.inv_freq")
 
-# (tensor name, parameter path, layout). "{layer}" runs over stacked layers. Layouts: "same" keeps the order of the values,
-# "linear" transposes [out, in] to [in, *out] (a convolution kernel counts as [out, in] with its last axes flattened).
+# (tensor name, parameter path, layout). "{layer}" runs over stacked layers. Layouts: "same" keeps the order of the
+# values, "linear" transposes [out, in] to [in, *out] (a convolution kernel counts as [out, in], last axes flattened).
 LANGUAGE = (
     ("transformer.wte.weight", "embedding.table", "same"),
     ("transformer.h.{layer}.ln_1.weight", "layers.norm_attention.scale", "same"),
@@ -90,7 +90,7 @@ class Tensor:
 def tensors(config: QwenVLConfig, parameter_shapes: dict[str, tuple[int, ...]]) -> list[Tensor]:
     """All tensors of a checkpoint of this configuration, in the order of the table.
 
-    parameter_shapes: shape by path of the model with stacked layers, for example {"layers.qkv.kernel": (32, 4096, 3, 4096)}.
+    parameter_shapes: shape by path of the model with stacked layers, as {"layers.qkv.kernel": (32, 4096, 3, 4096)}.
     """
     patch = config.visual.patch_size
     rows = [*LANGUAGE, *((f"transformer.visual.{name}", f"visual.{path}", layout) for name, path, layout in VISUAL)]
