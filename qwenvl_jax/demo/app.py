@@ -58,8 +58,8 @@ def build(vlm: VLM) -> gr.Blocks:
                 yield bubbles(grown), grown, field
                 field = gr.skip()  # the visitor may be typing the next question
         except UserError as error:
+            gr.Warning(str(error))  # not gr.Error, which would cover the conversation
             yield bubbles(turns), turns, submitted
-            raise gr.Error(str(error), print_exception=False) from None
 
     def again(turns: Turns) -> Iterator[tuple]:
         """Replace the last reply."""
@@ -67,10 +67,13 @@ def build(vlm: VLM) -> gr.Blocks:
             for grown in _reply(vlm, (*turns[:-1], dataclasses.replace(turns[-1], reply="", drawn=None))):
                 yield bubbles(grown), grown
 
-    with gr.Blocks(title=TITLE, fill_height=True, delete_cache=(DAY, DAY)) as page:
+    def clear() -> tuple:
+        return [], ()
+
+    with gr.Blocks(title=TITLE, fill_height=True, delete_cache=(DAY, DAY), analytics_enabled=False) as page:
         gr.Markdown(f"## {TITLE}\n{HINT}")
         turns = gr.State(())
-        chat = gr.Chatbot(label=TITLE, height=640, scale=1, buttons=["copy"], sanitize_html=True)
+        chat = gr.Chatbot(show_label=False, height="60vh", scale=1)
         field = gr.MultimodalTextbox(
             label="Question",
             placeholder="Ask about the picture …",
@@ -81,7 +84,7 @@ def build(vlm: VLM) -> gr.Blocks:
         gr.Examples([{"text": question, "files": [str(PICTURES / name)]} for question, name in EXAMPLES], field)
         field.submit(answer, [field, turns], [chat, turns, field])
         chat.retry(again, turns, [chat, turns])
-        chat.clear(lambda: ([], ()), None, [chat, turns])
+        chat.clear(clear, None, [chat, turns])
     return page.queue()
 
 

@@ -1,0 +1,25 @@
+import pytest
+
+from qwenvl_jax.demo.display import readable
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("A red circle.", "A red circle."),
+        ("<ref>the cat</ref><box>(1,2),(3,4)</box>", "the cat"),
+        ("<ref>猫</ref><box>(1,2),(3,4)</box><box>(5,6),(7,8)</box>和狗", "猫和狗"),
+        ("1 < 2 and 3 > 2", "1 < 2 and 3 > 2"),
+        ("<box>(1,2),(3,4)</box>", ""),
+    ],
+)
+def test_box_notation_is_hidden(text, shown):
+    assert readable(text) == shown
+
+
+def test_a_growing_reply_never_shows_a_piece_of_a_tag():
+    text = "See <ref>the cat</ref><box>(1,2),(3,4)</box>, left."
+    shown = [readable(text[:n]) for n in range(len(text) + 1)]
+    assert shown[-1] == "See the cat, left."
+    for earlier in shown:
+        assert shown[-1].startswith(earlier)
