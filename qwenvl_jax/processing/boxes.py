@@ -126,26 +126,28 @@ def draw(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
         canvas.rectangle((xs[0], ys[0], xs[1], ys[1]), outline=colour, width=line)
     for box, colour in zip(boxes, colours, strict=True):  # labels last: no line crosses them
         if box.label:
-            _draw_label(canvas, drawn.size, box, colour, max(12, round(scale / 30)))
+            _draw_label(canvas, drawn.size, box.label, (box.x1, box.y1), colour, max(12, round(scale / 30)))
     return drawn
 
 
-def _draw_label(canvas: ImageDraw.ImageDraw, size: tuple[int, int], box: Box, colour: str, font_size: int) -> None:
-    """A filled plate with the label above the box's top left corner, or below its top line when there is no room."""
+def _draw_label(
+    canvas: ImageDraw.ImageDraw, size: tuple[int, int], label: str, corner: tuple[int, int], colour: str, font_size: int
+) -> None:
+    """A filled plate with the label above a box's top left corner, or inside the box when there is no room above."""
     width, height = size
     font_size = min(font_size, int(height / 1.6))
     if font_size < _SMALLEST_FONT:
         return
     label_font = font(font_size)
     padding = font_size // 5
-    text = _fitting(box.label, label_font, width - 2 * padding)
+    text = _fitting(label, label_font, width - 2 * padding)
     if not text:
         return
     ascent, descent = label_font.getmetrics()
     plate_width = math.ceil(label_font.getlength(text)) + 2 * padding
     plate_height = min(ascent + descent, height)
-    left = min(max(box.x1, 0), width - plate_width)
-    top = box.y1 - plate_height if box.y1 >= plate_height else box.y1
+    left = min(max(corner[0], 0), width - plate_width)
+    top = corner[1] - plate_height if corner[1] >= plate_height else corner[1]
     top = min(max(top, 0), height - plate_height)
     canvas.rectangle((left, top, left + plate_width - 1, top + plate_height - 1), fill=colour)
     canvas.text((left + padding, top), text, font=label_font, fill=_readable_on(colour))

@@ -87,7 +87,7 @@ def _connect(scheme: str, host: str, port: int | None) -> http.client.HTTPConnec
 
 def _public_address(host: str, port: int) -> str:
     """The first address of `host`; UserError when any of its addresses is not a public one."""
-    addresses = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    addresses = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     for text in addresses:
         if not is_public(ipaddress.ip_address(text.split("%")[0])):
             raise UserError(f"{host} is {text}, which is not a public address; such URLs are refused")

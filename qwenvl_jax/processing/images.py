@@ -30,7 +30,7 @@ from qwenvl_jax.processing.download import download
 
 MAX_PIXELS = 89_478_485  # width x height; where Pillow, too, begins to suspect a decompression bomb (256 MiB as RGB)
 # Formats that Pillow decodes by itself. Left out on purpose: those that start other programs (EPS) or are rarities.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # of CLIP's training pictures, RGB
 STANDARD_DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 # What undoes each EXIF orientation (EXIF 2.3, table 6); 1 is upright.
@@ -76,17 +76,28 @@ def load_image(source: ImageSource, *, allow_url: bool = False, mode: Mode = "de
 
 
 def preprocess(images: Sequence[Image.Image], image_size: int) -> np.ndarray:
-    """The network's input: float32 [I, 3, S, S] with S = `image_size`, bit for bit that of the original.
+    """The network's input: float32 [I, 3, S, S] with S = `image_size`, bit for bit that of the original on Pillow 13.
 
     Each RGB picture is resized to a square by Pillow's bicubic filter (the aspect ratio is not kept), scaled to 0..1
     and normalised with CLIP's mean and standard deviation.
     """
     pixels = np.empty((len(images), 3, image_size, image_size), np.float32)
     for row, image in enumerate(images):
-        resized = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
-        scaled = np.asarray(resized, np.float32) / np.float32(255)
+        scaled = np.asarray(_square(image, image_size), np.float32) / np.float32(255)
         pixels[row] = ((scaled - MEAN) / STANDARD_DEVIATION).transpose(2, 0, 1)
     return pixels
+
+
+def _square(image: Image.Image, side: int) -> Image.Image:
+    """Pillow's bicubic resize in two calls, one for each axis, which fixes their order.
+
+    Each pass rounds to 8 bits, so the order shows. Pillow before 13 goes along the rows first; 13 goes along the columns
+    first where the height shrinks more than twice as much as the width, and the golden values come from it.
+    """
+    width, height = image.size
+    columns_first = height > side and height - side > 2 * (width - side)
+    between = (width, side) if columns_first else (side, height)
+    return image.resize(between, Image.Resampling.BICUBIC).resize((side, side), Image.Resampling.BICUBIC)
 
 
 def _decode(content: bytes, mode: Mode, name: str) -> Image.Image:
@@ -94,6 +105,7 @@ def _decode(content: bytes, mode: Mode, name: str) -> Image.Image:
     if not content:
         raise UserError(f"{name}: empty, not a picture")
     try:
+        Image.init()  # with `formats`, Pillow looks only among the formats registered so far
         image = Image.open(io.BytesIO(content), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(f"{name}: more than {MAX_PIXELS:,} pixels; make it smaller") from None

@@ -198,9 +198,9 @@ def _box(part: RawPart, where: str, pictures: Sequence[Image.Image], seen: int) 
 
 
 def _corners(box: Any, where: str) -> tuple[float, float, float, float]:
-    values = list(box) if isinstance(box, Sequence) or hasattr(box, "__array__") else []
-    real = [value for value in values if isinstance(value, numbers.Real) and not isinstance(value, bool)]
+    values = list(box) if isinstance(box, Sequence) or getattr(box, "ndim", 0) == 1 else []
+    real = [value for value in values if not isinstance(value, bool) and isinstance(value, numbers.Real)]
     if len(values) != 4 or len(real) != 4 or not all(map(math.isfinite, real)):
         raise UserError(f"{where} must be four numbers [x1, y1, x2, y2] in pixels, not {str(box)[:60]}")
-    x1, y1, x2, y2 = (float(number) if number != int(number) else int(number) for number in real)
+    x1, y1, x2, y2 = map(float, real)
     return x1, y1, x2, y2

@@ -117,7 +117,9 @@ def span_pieces(tokenizer: Tokenizer, row: int) -> list[Piece]:
 
 def box_pieces(tokenizer: Tokenizer, label: str | None, corners: Sequence[float], size: tuple[int, int]) -> list[Piece]:
     """`<ref>label</ref><box>(x1,y1),(x2,y2)</box>` for corners in pixels of a picture of `size` (width, height)."""
-    reference = [] if label is None else [Special(tokenizer.ref_start_id), label, Special(tokenizer.ref_end_id)]
+    reference: list[Piece] = []
+    if label is not None:
+        reference = [Special(tokenizer.ref_start_id), label, Special(tokenizer.ref_end_id)]
     return [*reference, Special(tokenizer.box_start_id), corners_text(corners, size), Special(tokenizer.box_end_id)]
 
 

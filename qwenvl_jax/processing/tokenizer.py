@@ -186,8 +186,7 @@ def read_ranks(path: str | os.PathLike) -> dict[bytes, int]:
         if not fields:
             continue
         try:
-            encoded, rank = fields
-            token, rank = base64.b64decode(encoded, validate=True), int(rank)
+            token, rank = base64.b64decode(fields[0], validate=True), int(b" ".join(fields[1:]))
         except (ValueError, binascii.Error):
             advice = "a pointer of Git LFS, fetch the file itself" if b"git-lfs" in line else "not a vocabulary?"
             shown = line[:60].decode("utf-8", "replace")
