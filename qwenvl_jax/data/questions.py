@@ -155,7 +155,8 @@ def _ask_property(view: View, rng, language: str, kind: str) -> Question | None:
     candidates = view.referable((kind,))
     if not candidates:
         return None
-    index = pick(rng, candidates)
+    wanted = pick(rng, sorted({getattr(view.scene.objects[index], kind) for index in candidates}))
+    index = pick(rng, [index for index in candidates if getattr(view.scene.objects[index], kind) == wanted])
     thing = view.scene.objects[index]
     reference = view.refer(rng, index, without=(kind,))
     question = pick(rng, QUESTIONS[kind][language]).format(ref=reference.name(language))

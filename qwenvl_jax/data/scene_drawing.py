@@ -36,10 +36,16 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 @functools.cache
 def glyph_metrics(character: str) -> tuple[float, float, float, float, float]:
-    """(advance, x1, y1, x2, y2) of a character over the height of a capital, y down from the baseline."""
-    font = _font(1000)
-    capital = -font.getbbox("H", anchor="ls")[1]
-    return tuple(value / capital for value in (font.getlength(character), *font.getbbox(character, anchor="ls")))
+    """(advance, x1, y1, x2, y2): the way of the pen and the box of the ink, in heights of a capital, y down.
+
+    Pillow's `getbbox` spans the pen's way too, so the ink is found on a drawn letter.
+    """
+    pad = 100
+    letter = Image.new("L", (800, 800))
+    ImageDraw.Draw(letter).text((pad, 600), character, fill=255, font=_font(500), anchor="ls")
+    x1, y1, x2, y2 = letter.getbbox() or (pad, 600, pad, 600)
+    capital = -_font(500).getbbox("H", anchor="ls")[1]
+    return tuple(value / capital for value in (_font(500).getlength(character), x1 - pad, y1 - 600, x2 - pad, y2 - 600))
 
 
 def draw_scene(scene: "Scene", scale: float = 1) -> Image.Image:

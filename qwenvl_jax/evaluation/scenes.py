@@ -1,4 +1,4 @@
-"""How well a model answers about scenes: a fixed test set, its scores, and what guessing without the picture would reach.
+"""How well a model answers about scenes: a fixed test set, its scores, and what guessing blindly would reach.
 
 `evaluate` asks a model and keeps every reply; `report` scores replies, from the run or from a file of predictions, and
 never needs the model. Scenes, questions and right answers come from `qwenvl_jax.data`.
@@ -15,6 +15,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+import rich.table
 from PIL import Image
 
 from qwenvl_jax.config import UserError
@@ -36,11 +37,11 @@ class Item:
     question: Question
 
 
-def test_questions(limit_scenes: int = 1000, seed: int = 0, split: str = "test") -> list[Item]:
+def question_set(limit_scenes: int = 1000, seed: int = 0, split: str = "test") -> list[Item]:
     """For each of `limit_scenes` scenes one question of each kind that applies, in random words, a quarter Chinese.
 
-    The same arguments give the same questions. Kinds that are hard to guess by construction stay so: yes and no, left
-    and right and the like are equally frequent.
+    The same arguments give the same questions. Which answer is right is drawn before the question is, so that yes and
+    no, left and right, the colours and so on are about equally frequent and a guess is worth little (`priors`).
     """
     items = []
     for index in range(limit_scenes):
@@ -53,9 +54,6 @@ def test_questions(limit_scenes: int = 1000, seed: int = 0, split: str = "test")
             if question is not None:
                 items.append(Item(f"{split}-{seed}-{index}-{kind}", scene, question))
     return items
-
-
-test_questions.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever pytest thinks of its name
 
 
 def normalise(text: str) -> str:
@@ -104,7 +102,7 @@ def score(question: Question, reply: str, boxes: Sequence[Corners] = ()) -> dict
     Short answers must be equal after `normalise`. A grounding is right when its first box (in pixels of the picture as
     asked about) overlaps the true one by an IoU of at least 0.5; "iou" is given. What is inside a box: exactly one
     object is named, with its colour and shape. A caption: the objects named are exactly the objects shown, each by
-    colour and shape; "sizes" and "text" tell whether all sizes and the written text are right as well.
+    colour and shape; "sizes" and, where there is one, "text" tell whether all sizes and the written text are right.
     """
     expected = question.expected
     if question.kind == "ground":
@@ -117,8 +115,10 @@ def score(question: Question, reply: str, boxes: Sequence[Corners] = ()) -> dict
         named, truth = parse_objects(reply), [tuple(thing) for thing in expected["objects"]]
         right = collections.Counter(thing[1:] for thing in named) == collections.Counter(thing[1:] for thing in truth)
         sizes = right and collections.Counter(named) == collections.Counter(truth)
-        text = expected["text"] is None or re.search(rf"(?<![A-Z0-9]){expected['text']}(?![A-Z0-9])", reply) is not None
-        return {"right": right, "sizes": sizes, "text": text}
+        result = {"right": right, "sizes": sizes}
+        if expected["text"] is not None:
+            result["text"] = re.search(rf"(?<![A-Z0-9]){expected['text']}(?![A-Z0-9])", reply) is not None
+        return result
     return {"right": normalise(reply) == normalise(expected["answer"])}
 
 
@@ -143,11 +143,11 @@ def evaluate(
 ) -> list[dict]:
     """Ask a model all questions about `limit` scenes, greedily; one prediction for each (see `prediction`), in order.
 
-    `vlm` answers `batch(conversations, max_new_tokens=...)` with replies that have `.text` and `.boxes`. `blind` shows it
-    `grey_noise` in place of each picture. Predictions are also written to the file `predictions` as they come, one JSON
-    object per line. `progress` is called with (questions answered, questions in all).
+    `vlm` answers `batch(conversations, max_new_tokens=...)` with replies that have `.text` and `.boxes`. `blind` shows
+    it `grey_noise` in place of each picture. Predictions are also written to the file `predictions` as they come, one
+    JSON object per line. `progress` is called with (questions answered, questions in all).
     """
-    items = test_questions(limit, seed, split)
+    items = question_set(limit, seed, split)
     order = sorted(
         range(len(items)), key=lambda i: KINDS.index(items[i].question.kind)
     )  # answers of like length together
@@ -214,7 +214,8 @@ def wilson(right: float, of: int, z: float = 1.96) -> tuple[float, float]:
     share = right / of
     centre = share + z * z / (2 * of)
     spread = z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
-    return (centre - spread) / (1 + z * z / of), (centre + spread) / (1 + z * z / of)
+    low, high = ((centre + sign * spread) / (1 + z * z / of) for sign in (-1, 1))
+    return max(low, 0.0), min(high, 1.0)
 
 
 def _accuracy(scores: Iterable[bool]) -> dict[str, float]:
@@ -256,8 +257,8 @@ def report(predictions: Sequence[dict]) -> dict[str, typing.Any]:
             for name, belongs in GROUPS.items()
         }
         tables["hard" if chosen[0][0]["hard"] else "kinds"][kind] = groups
-        for extra in [name for name in chosen[0][1] if name != "right"]:
-            values = [found[extra] for _, found in chosen]
+        for extra in sorted({name for _, found in chosen for name in found} - {"right"}):
+            values = [found[extra] for _, found in chosen if extra in found]
             details.setdefault(kind, {})[extra] = sum(values) / len(values)
     return {
         "questions": len(predictions),
@@ -268,7 +269,7 @@ def report(predictions: Sequence[dict]) -> dict[str, typing.Any]:
 
 
 def priors(questions: Sequence[Question]) -> dict[str, float]:
-    """What the best fixed guess gets for each kind, knowing the language and, for a relation, which two answers it offers.
+    """What the best fixed guess gets for each kind, knowing the language and which two answers a relation offers.
 
     The guess is the most frequent answer (for grounding the median box) of the very questions it is tried on, so it is
     an upper bound for a guess of its form.
@@ -296,3 +297,31 @@ def _axis(question: Question) -> str:
         if question.answer in (first, second, CHINESE[first], CHINESE[second]):
             return first
     raise ValueError(f"{question.answer!r} answers no relation")
+
+
+def table(scores: dict[str, typing.Any], title: str = "Scenes") -> rich.table.Table:
+    """A `report` as a table: percent right by kind (with its 95% interval) and group, beside the prior."""
+    result = rich.table.Table(title=title)
+    result.add_column("kind")
+    for column in ("questions", "right", "95%", *list(GROUPS)[1:], "prior"):
+        result.add_column(column, justify="right")
+    for hard, kinds in ((False, scores["kinds"]), (True, scores["hard"])):
+        for kind, groups in kinds.items():
+            whole = groups["all"]
+            result.add_row(
+                kind + (" (hard)" if hard else ""),
+                str(whole["of"]),
+                _percent(whole["accuracy"]),
+                f"{_percent(whole['low'])}-{_percent(whole['high'])}",
+                *(_percent(groups[name]["accuracy"]) if groups[name]["of"] else "-" for name in list(GROUPS)[1:]),
+                _percent(scores["prior"][kind]),
+            )
+    details = (
+        f"{kind} {name} {value:.3f}" for kind, values in scores["details"].items() for name, value in values.items()
+    )
+    result.caption = ", ".join(details)
+    return result
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
