@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -34,7 +35,7 @@ class Conversation:
     def messages(self, images=None) -> list[dict]:
         """The conversation in the message format; `images` are drawn at native size where none are given."""
         images = [scene.draw() for scene in self.scenes] if images is None else images
-        messages = []
+        messages: list[dict] = []
         for turn in self.turns:
             content = as_parts(turn.question)
             if not messages:
@@ -89,9 +90,14 @@ def _ask_more(scenes, rng, language: str) -> Question | None:
     counts = [len(scene.objects) for scene in scenes]
     if counts[0] == counts[1]:
         return None
-    flags = {held_out(scene, scene.objects) for scene in scenes} - {None}
     answer = f"Picture {1 if counts[0] > counts[1] else 2}"
-    return _question("more", rng, language, answer, "+".join(sorted(flags)) or None)
+    return _question("more", rng, language, answer, _joined(held_out(scene, scene.objects) for scene in scenes))
+
+
+def _joined(flags: Iterable[str | None]) -> str | None:
+    """`held_out` of several scenes at once."""
+    names = {name for flag in flags if flag for name in flag.split("+")}
+    return "+".join(sorted(names, reverse=True)) or None
 
 
 def _ask_which(scenes, rng, language: str) -> Question:
@@ -111,8 +117,7 @@ def _ask_which(scenes, rng, language: str) -> Question:
     }[_shown(scenes, reference)]
     ref = reference.name(language)
     things = [(scene, thing) for scene in scenes for thing in scene.objects if reference.fits(thing)]
-    flags = {held_out(scene, [thing]) for scene, thing in things} - {None}
-    flag = "+".join(sorted(flags)) or None
+    flag = _joined(held_out(scene, [thing]) for scene, thing in things)
     return _question("which", rng, language, answer, flag, thing=with_article(ref), ref=ref)
 
 

@@ -97,17 +97,15 @@ class View:
         uses = collections.Counter(reference for references in described for reference in references)
         self.references = [[r for r in references if uses[r] == 1] for references in described]
 
-    def refer(self, rng, index: int, without: tuple[str, ...] = ()) -> Reference | None:
-        """A description of one object that fits no other and uses none of the properties named in `without`.
-
-        Short ones are preferred, and size is named only where it must be; None where there is no such description.
-        """
+    def refer(self, rng, index: int, without: tuple[str, ...] = ()) -> Reference:
+        """A description of one of the `referable(without)` objects; size is named only where it must be."""
         references = [r for r in self.references[index] if all(getattr(r, part) is None for part in without)]
         plain = [r for r in references if r.size is None]
         plain += [r for r in plain if r.color and r.shape]  # twice as often
-        return pick(rng, plain or references) if references else None
+        return pick(rng, plain or references)
 
     def referable(self, without: tuple[str, ...]) -> list[int]:
+        """The objects with a description that fits no other and uses none of the properties named in `without`."""
         return [
             index
             for index, references in enumerate(self.references)
@@ -339,7 +337,7 @@ def _ask_inside(view: View, rng, language: str) -> Question:
     return Question("inside", question, answer, language, expected, held_out=held_out(view.scene, [thing]))
 
 
-ASKERS = {
+ASKERS: dict[str, typing.Callable[..., Question | None]] = {
     **{kind: functools.partial(_ask_property, kind=kind) for kind in ("color", "shape", "size")},
     "count": _ask_count,
     "relation": _ask_relation,

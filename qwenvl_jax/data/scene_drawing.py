@@ -45,7 +45,8 @@ def glyph_metrics(character: str) -> tuple[float, float, float, float, float]:
     ImageDraw.Draw(letter).text((pad, 600), character, fill=255, font=_font(500), anchor="ls")
     x1, y1, x2, y2 = letter.getbbox() or (pad, 600, pad, 600)
     capital = -_font(500).getbbox("H", anchor="ls")[1]
-    return tuple(value / capital for value in (_font(500).getlength(character), x1 - pad, y1 - 600, x2 - pad, y2 - 600))
+    advance = _font(500).getlength(character)
+    return advance / capital, (x1 - pad) / capital, (y1 - 600) / capital, (x2 - pad) / capital, (y2 - 600) / capital
 
 
 def draw_scene(scene: "Scene", scale: float = 1) -> Image.Image:
@@ -117,7 +118,8 @@ def _shaded(rgb: Rgb, size: tuple[int, int], angle: float) -> Image.Image:
 
 def _outline_rgb(rgb: Rgb) -> Rgb:
     """A darker shade of the paint, or a dark grey around black."""
-    return tuple(round(part * 0.6) for part in rgb) if max(rgb) > 60 else (84, 84, 84)
+    red, green, blue = rgb
+    return (round(red * 0.6), round(green * 0.6), round(blue * 0.6)) if max(rgb) > 60 else (84, 84, 84)
 
 
 def _draw_object(picture: Image.Image, thing: "SceneObject", scale: float) -> None:

@@ -41,7 +41,8 @@ def _between(rng: np.random.Generator, bounds: tuple[float, float]) -> float:
 
 
 def _rgb(hue: float, saturation: float, value: float) -> Rgb:
-    return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue / 360 % 1, saturation, value))
+    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue / 360 % 1, saturation, value))
+    return red, green, blue
 
 
 def sample_rgb(rng: np.random.Generator, color: str) -> Rgb:

@@ -205,10 +205,9 @@ def sample_scene(seed: int, split: str, index: int, max_objects: int = 6, text_s
     paints = [sample_rgb(rng, color) for color, _ in pairs]
     background = sample_background_for(rng, paints)
     for attempt in range(1000):
-        if text is None or attempt < 20:
-            scene_text = text and _place_text(rng, text, width, height, text_rgb(rng, background))
-        else:
-            scene_text = None  # the picture is too full for writing
+        scene_text = None
+        if text is not None and attempt < 20:  # later the picture is too full for writing
+            scene_text = _place_text(rng, text, width, height, text_rgb(rng, background))
         objects = _place_objects(rng, pairs, paints, width, height, scene_text, small=attempt >= 6)
         if objects is not None:
             return Scene(split, index, width, height, background, objects, scene_text)
@@ -238,7 +237,7 @@ def _sample_pairs(rng: np.random.Generator, split: str, count: int) -> list[tupl
         colors = [COLORS[i] for i in rng.permutation(len(COLORS))[: int(rng.integers(2, 4))]]
     if kind < 0.15 or 0.35 <= kind < 0.55:
         shapes = [SHAPES[i] for i in rng.permutation(len(SHAPES))[: int(rng.integers(2, 4))]]
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     while len(pairs) < count:
         pair = (colors[int(rng.integers(len(colors)))], shapes[int(rng.integers(len(shapes)))])
         if pair not in HELD_OUT_PAIRS:

@@ -89,7 +89,7 @@ def _texts(number: int, language: str) -> Iterator[str]:
     slots = {
         "ref": ref,
         "thing": with_article(ref) if language == "en" else ref,
-        "things": name(language, *form, plural=True),
+        "things": name(language, form[0], form[1], form[2], plural=True),
         "a": ref,
         "b": other,
         "k": turn((1, 2)),

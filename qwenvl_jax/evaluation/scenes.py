@@ -80,11 +80,11 @@ _CHINESE_OBJECT = re.compile(
 def parse_objects(text: str) -> list[tuple[str | None, str, str]]:
     """The objects that a text names, as (size or None, colour, shape) in English, in the order of the text."""
     text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    english = [match.groups() for match in _ENGLISH_OBJECT.finditer(text)]
+    english = [(match[1], match[2], match[3]) for match in _ENGLISH_OBJECT.finditer(text)]
     if english:
         return english
-    found = [match.groups() for match in _CHINESE_OBJECT.finditer(text)]
-    return [(_TO_ENGLISH.get(size), _TO_ENGLISH[color], _TO_ENGLISH[shape]) for size, color, shape in found]
+    chinese = [(match[1], match[2], match[3]) for match in _CHINESE_OBJECT.finditer(text)]
+    return [(_TO_ENGLISH.get(size), _TO_ENGLISH[color], _TO_ENGLISH[shape]) for size, color, shape in chinese]
 
 
 def iou(first: Corners, second: Corners) -> float:
