@@ -84,15 +84,19 @@ class ShardingRules:
         return wanted
 
 
-_FSDP = {"batch": ("data", "fsdp"), "embed": "fsdp"}
-_TENSOR = {"heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+_FSDP = ShardingRules(batch=("data", "fsdp"), embed="fsdp", vit_heads="fsdp", vit_mlp="fsdp")
+_TENSOR = ShardingRules(
+    batch="data", heads="tensor", mlp="tensor", vocab="tensor", vit_heads="tensor", vit_mlp="tensor"
+)
 
 # The vision tower is split by heads and hidden units under either kind: its residual axis meets `embed` in one matrix.
 PRESETS = {
     "single": ShardingRules(),
-    "fsdp": ShardingRules(**_FSDP, vit_heads="fsdp", vit_mlp="fsdp"),
-    "fsdp_tensor": ShardingRules(**_FSDP, **_TENSOR, vit_heads=("tensor", "fsdp"), vit_mlp=("tensor", "fsdp")),
-    "tensor": ShardingRules(batch="data", **_TENSOR, vit_heads="tensor", vit_mlp="tensor"),
+    "fsdp": _FSDP,
+    "fsdp_tensor": dataclasses.replace(
+        _TENSOR, batch=_FSDP.batch, embed=_FSDP.embed, vit_heads=("tensor", "fsdp"), vit_mlp=("tensor", "fsdp")
+    ),
+    "tensor": _TENSOR,
 }
 
 

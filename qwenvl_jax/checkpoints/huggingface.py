@@ -5,33 +5,33 @@ the largest tensor. Not here: what the tensors are called (`qwen_vl.py`) and how
 """
 
 import math
+from collections.abc import Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from qwenvl_jax.checkpoints.folder import SmallFiles, check_free, new_folder, read_config, write_json, write_small_files
 from qwenvl_jax.checkpoints.qwen_vl import Tensor, is_harmless_extra, tensors
-from qwenvl_jax.checkpoints.tensor_files import FolderTensors, read_json, some
+from qwenvl_jax.checkpoints.tensor_files import FolderTensors, some, write_safetensors
 from qwenvl_jax.config import QwenVLConfig, UserError
 from qwenvl_jax.models.qwen_vl import QwenVL, unstack
 from qwenvl_jax.sharding import ShardingRules, param_paths, param_shardings, split_layer
 
 FLOATS = ("float32", "bfloat16", "float16")
+ORBAX = "orbax"  # the subfolder of a checkpoint whose weights are in Orbax's format
 
 
-def read_config(folder: Path) -> QwenVLConfig:
-    """The folder's `config.json`. Raises UserError naming the file and what is wrong with it."""
-    raw = read_json(folder / "config.json")
-    if "quantization_config" in raw or (folder / "quantize_config.json").is_file():
-        raise UserError(f"{folder}: a quantised checkpoint (GPTQ); int4 checkpoints are not supported yet")
-    try:
-        return QwenVLConfig.from_hf(raw)
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from None
+def check_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in FLOATS:
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(FLOATS)}")
 
 
 def abstract_model(config: QwenVLConfig, *, stacked: bool) -> QwenVL:
@@ -90,9 +90,12 @@ def load_model(
     Raises UserError if the folder is incomplete, damaged, or holds other tensors than its config.json calls for.
     """
     folder = Path(folder)
-    if dtype is not None and dtype not in FLOATS:
-        raise UserError(f"dtype {dtype!r} is not one of {', '.join(FLOATS)}")
+    check_dtype(dtype)
     config = read_config(folder)
+    if (folder / ORBAX).is_dir():
+        from qwenvl_jax.checkpoints import orbax  # slow to import, and most folders do not need it
+
+        return orbax.load_model(folder, dtype=dtype, mesh=mesh, rules=rules, stacked=stacked)
     files = FolderTensors(folder)
     wanted = checkpoint_tensors(config)
     check_tensors(wanted, files)
@@ -169,3 +172,96 @@ def _stack_on_device(
 @partial(jax.jit, donate_argnums=0)
 def _fill(stack: jax.Array, value: jax.Array, layer: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0)
+
+
+def save_model(
+    model: QwenVL,
+    folder: str | Path,
+    *,
+    tokenizer_file: str | Path | None = None,
+    tokenizer_config: Mapping[str, Any] | None = None,
+    generation_config: Mapping[str, Any] | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a checkpoint folder that `load_model` and the original implementation read, all or nothing.
+
+    The weights go into safetensors files of at most `shard_bytes` (or one tensor) in the dtypes that they have. A copy
+    of `tokenizer_file` and the two settings come along: `**small_files(folder)` gives those of another checkpoint. With
+    several processes all must call this; the first one writes. Raises UserError if `folder` holds something already.
+    """
+    folder = Path(folder)
+    check_free(folder)  # on every process, before some wait for others
+    wanted = checkpoint_tensors(model.config)
+    leaves = parameters_of(model, wanted)
+    described = {t.name: (t.shape, np.dtype(leaves[t][0].dtype)) for t in wanted}
+    values = (t.from_parameter(_host_value(*leaves[t])) for t in wanted)
+    if jax.process_index() != 0:
+        for _ in values:  # takes part in gathering what is spread over processes
+            pass
+        return
+    small = SmallFiles(
+        tokenizer_file=None if tokenizer_file is None else Path(tokenizer_file),
+        tokenizer_config=tokenizer_config,
+        generation_config=generation_config,
+    )
+    with new_folder(folder) as new:
+        write_small_files(new, model.config, described[wanted[0].name][1].name, small)
+        shards = _shards(described, shard_bytes)
+        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        if len(shards) == 1:
+            names = ["model.safetensors"]
+        for name, shard in zip(names, shards, strict=True):
+            write_safetensors(new / name, shard, islice(values, len(shard)))
+        if len(shards) > 1:
+            weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+            total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in described.values())
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            write_json(new / "model.safetensors.index.json", index)
+
+
+def parameters_of(model: QwenVL, wanted: list[Tensor]) -> dict[Tensor, tuple[jax.Array, int | None]]:
+    """For each tensor the array that holds it and the index into the array's first axis, if that is a stack of layers.
+
+    Raises UserError for a model with other parameters than the table's: it would not be saved whole.
+    """
+    leaves = {split_layer(path): leaf for path, leaf in param_paths(model).items()}
+    used = set()
+    result = {}
+    for tensor in wanted:
+        key = (tensor.path, tensor.layer)
+        stacked = key not in leaves
+        used.add((tensor.path, None) if stacked else key)
+        result[tensor] = (leaves[(tensor.path, None)], tensor.layer) if stacked else (leaves[key], None)
+    extra = some(path if layer is None else f"{path} of layer {layer}" for path, layer in leaves.keys() - used)
+    if extra:
+        raise UserError(f"the model has parameters that a Qwen-VL checkpoint has no place for: {extra}")
+    return result
+
+
+def _host_value(leaf: jax.Array, layer: int | None) -> np.ndarray:
+    """An array, or one layer of a stack, on the host."""
+    # Always through a temporary: an array keeps the host copy that is made of it.
+    part = jnp.copy(leaf) if layer is None else take_layer(leaf, layer)
+    if part.is_fully_addressable:
+        return np.asarray(part)
+    return np.asarray(multihost_utils.process_allgather(part, tiled=True))
+
+
+@jax.jit
+def take_layer(stack: jax.Array, layer: jax.Array) -> jax.Array:
+    """One layer of a stack, compiled once for all layers."""
+    return jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False)
+
+
+def _shards(described: dict[str, tuple[tuple[int, ...], np.dtype]], most: int) -> list[dict]:
+    """The tensors in order, cut into runs of at most `most` bytes, at least one tensor each."""
+    shards: list[dict] = []
+    room = 0
+    for name, (shape, dtype) in described.items():
+        size = math.prod(shape) * dtype.itemsize
+        if not shards or size > room:
+            shards.append({})
+            room = most
+        shards[-1][name] = (shape, dtype)
+        room -= size
+    return shards

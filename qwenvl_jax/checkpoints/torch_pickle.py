@@ -68,7 +68,7 @@ class Damaged(Exception):
 
 
 def _sizes(value: Any, what: str) -> tuple[int, ...]:
-    if type(value) is not tuple or any(type(n) is not int or n < 0 for n in value):
+    if type(value) is not tuple or len(value) > 32 or any(type(n) is not int or not 0 <= n < 2**62 for n in value):
         raise Damaged(f"{what} is not a tuple of sizes")
     return value
 
@@ -80,7 +80,7 @@ def _tensor(arguments: tuple) -> TorchTensor:
     storage, offset, shape, strides = arguments[:4]
     shape, strides = _sizes(shape, "a shape"), _sizes(strides, "a stride")
     if type(offset) is not int or offset < 0 or len(shape) != len(strides):
-        raise Damaged(f"a tensor with offset {offset!r}, shape {shape} and strides {strides}")
+        raise Damaged(f"a tensor of shape {shape} with strides {strides} or an offset that cannot be")
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     # More elements than the storage holds would be a broadcast view: a few bytes that claim to be terabytes.
     if math.prod(shape) > storage.size or (math.prod(shape) and last >= storage.size):
@@ -95,7 +95,7 @@ def _storage(persistent_id: Any) -> Storage:
     match persistent_id:
         case ("storage", Global(name), str(key), str(), int(size)) if name in STORAGES and size >= 0:
             return Storage(key, STORAGES[name], size)
-    raise Damaged(f"a reference that is not a storage: {str(persistent_id)[:80]}")
+    raise Damaged("a reference that is not to a storage")
 
 
 def _call(function: Any, arguments: Any) -> Any:
@@ -123,16 +123,19 @@ class PickleReader:
 
     def run(self) -> Any:
         """The object that the pickle describes. Raises Damaged; any other exception means damage too."""
+        argument: Any
         for opcode, argument, _ in pickletools.genops(self.data):
             name = opcode.name
             if name == "STOP":
                 return self.stack.pop()
-            if name in ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT") or name.endswith("BINUNICODE"):
+            if name in ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT") or "BINUNICODE" in name:
                 self.stack.append(argument)
+            elif name == "MEMOIZE":
+                self.memo[len(self.memo)] = self.stack[-1]
+            elif name in ("BINPUT", "LONG_BINPUT"):
+                self.memo[argument] = self.stack[-1]
             elif name in ("GLOBAL", "STACK_GLOBAL"):
                 self.stack.append(self.named(argument))
-            elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
-                self.memo[len(self.memo) if argument is None else argument] = self.stack[-1]
             elif name in ("BINGET", "LONG_BINGET"):
                 self.stack.append(self.memo[argument])
             elif name not in ("PROTO", "FRAME"):
@@ -142,11 +145,13 @@ class PickleReader:
     def named(self, name: str | None) -> Global:
         if name is None:  # STACK_GLOBAL
             attribute, module = self.stack.pop(), self.stack.pop()
+            if type(attribute) is not str or type(module) is not str:
+                raise Damaged("a global without a name")
             name = f"{module} {attribute}"
         if name not in GLOBALS:
             raise UserError(
-                f"the pickle names {name.replace(' ', '.')}, which is not part of a dictionary of tensors; refused, "
-                "nothing was run. Convert the file to safetensors where you trust its source"
+                f"the pickle names {name.replace(' ', '.')[:100]!r}, which no dictionary of tensors needs; refused, "
+                "nothing was run. If you trust the file, convert it to safetensors where torch is installed"
             )
         return Global(name)
 
@@ -208,10 +213,10 @@ class TorchFile:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 self._entries = {info.filename: info for info in archive.infolist()}
-                description = self._one("data.pkl")
+                description = self._description()
                 self._prefix = description.removesuffix("data.pkl")
                 order = f"{self._prefix}byteorder"
-                self._swapped = order in self._entries and archive.read(order).strip() == b"big"
+                self._swapped = order in self._entries and archive.read(self._stored(order)) == b"big"
                 found = PickleReader(archive.read(description)).run()
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from None
@@ -242,21 +247,25 @@ class TorchFile:
         raw = np.empty(span * dtype.itemsize, np.uint8)
         with self.path.open("rb") as file:
             file.seek(self._start(file, tensor.storage) + tensor.offset * dtype.itemsize)
-            if file.readinto(raw) != raw.nbytes:
+            if file.readinto(raw.data) != raw.nbytes:
                 raise UserError(f"{self.path}: truncated in the middle of {name}; download it again")
         if self._swapped and dtype.itemsize > 1:
             raw.view(f"u{dtype.itemsize}").byteswap(inplace=True)
         strides = [stride * dtype.itemsize for stride in tensor.strides]
         return np.lib.stride_tricks.as_strided(raw.view(dtype), tensor.shape, strides, writeable=False)
 
-    def _one(self, ending: str) -> str:
-        """The one entry of this name in the archive's single folder."""
-        found = [name for name in self._entries if name.split("/")[1:] == [ending]]
+    def _description(self) -> str:
+        """The name of the pickle, `data.pkl` in the archive's one folder."""
+        found = [name for name in self._entries if name.split("/")[1:] == ["data.pkl"]]
         if len(found) != 1:
-            raise Damaged(f"a zip archive with {len(found)} entries named {ending}; a torch checkpoint has one")
-        if self._entries[found[0]].compress_type != zipfile.ZIP_STORED:
-            raise Damaged(f"{ending} is compressed; torch does not do that")
-        return found[0]
+            raise Damaged(f"a zip archive with {len(found)} files data.pkl; a torch checkpoint has one")
+        return self._stored(found[0])
+
+    def _stored(self, name: str) -> str:
+        """The name itself, once it is clear that its entry is not compressed: a few bytes could become gigabytes."""
+        if self._entries[name].compress_type != zipfile.ZIP_STORED:
+            raise Damaged(f"{name} is compressed, which torch does not do")
+        return name
 
     def _checked(self, found: Any) -> dict[str, TorchTensor]:
         if not isinstance(found, dict):
