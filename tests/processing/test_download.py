@@ -19,7 +19,7 @@ PUBLIC = "93.184.216.34"
 
 @pytest.fixture
 def internet(monkeypatch):
-    """A web server on this machine that every public address leads to, and its names; yields (pages, names, requests)."""
+    """A web server on this machine that all public addresses lead to; yields pages, names, visits."""
     pages: dict[str, tuple[int, dict[str, str], bytes]] = {}
     names = {"pictures.example": [PUBLIC]}
     connected: list[tuple[str, int]] = []

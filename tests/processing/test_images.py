@@ -163,6 +163,7 @@ def test_exif_orientation_is_applied_and_ignored_in_reference_mode(orientation):
     np.testing.assert_array_equal(pixels_of(content, mode="reference")[..., 0], stored)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_broken_exif_does_not_matter():
     content = encoded(Image.new("RGB", (2, 2), "blue"), exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert load_image(content).size == (2, 2)

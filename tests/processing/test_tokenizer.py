@@ -37,7 +37,12 @@ def test_special_ids_of_the_real_vocabulary(real):
     assert {name: real.special_tokens[name] for name in REAL["special_tokens"]} == REAL["special_tokens"]
     assert real.n_vocab == REAL["n_vocab"] == 151860
     assert (real.ref_start_id, real.ref_end_id) == (151851, 151852)
-    assert (real.box_start_id, real.box_end_id, real.quad_start_id, real.quad_end_id) == (151853, 151854, 151855, 151856)
+    assert (real.box_start_id, real.box_end_id, real.quad_start_id, real.quad_end_id) == (
+        151853,
+        151854,
+        151855,
+        151856,
+    )
 
 
 def check_decodings(tokenizer: Tokenizer, ids: list[int], case: dict) -> None:
