@@ -249,15 +249,15 @@ def _sample_pairs(rng: np.random.Generator, split: str, count: int) -> list[tupl
 
 def _sample_text(rng: np.random.Generator, split: str) -> str:
     """A number of one to three digits, a word of the list or two to four random letters, spelled in the split's way."""
+    kind = rng.random()
+    length = int(rng.integers(1, 4))
     while True:
-        kind = rng.random()
         if kind < 0.45:
-            digits = int(rng.integers(1, 4))
-            text = str(int(rng.integers(10 ** (digits - 1) if digits > 1 else 0, 10**digits)))
+            text = str(int(rng.integers(10 ** (length - 1) if length > 1 else 0, 10**length)))
         elif kind < 0.72:
             text = WORDS[int(rng.integers(len(WORDS)))]
         else:
-            text = "".join(GLYPHS[int(i)] for i in rng.integers(26, size=int(rng.integers(2, 5))))
+            text = "".join(GLYPHS[int(i)] for i in rng.integers(26, size=length + 1))
         if len(text) == 1 or spelled_in_test(text) == (split == "test"):
             return text
 
