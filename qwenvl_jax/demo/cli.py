@@ -102,7 +102,7 @@ def _serve(options: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
-        raise UserError("the chat page needs Gradio: pip install 'qwenvl-jax[demo]', or ask with --ask") from None
+        raise UserError("the chat page needs Gradio (pip install gradio); without it, ask with --ask") from None
 
     import qwenvl_jax
 
