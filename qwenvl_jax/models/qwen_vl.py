@@ -16,7 +16,7 @@ from qwenvl_jax.config import QwenVLConfig, VisionConfig
 from qwenvl_jax.models.resampler import Resampler
 from qwenvl_jax.models.vit import Vit
 from qwenvl_jax.nn import cache as kv_cache
-from qwenvl_jax.nn.attention import attend
+from qwenvl_jax.nn.attention import PackedBlocks, attend, attend_packed
 from qwenvl_jax.nn.linear import Embedding, Linear
 from qwenvl_jax.nn.norm import LayerNorm, RMSNorm
 from qwenvl_jax.nn.rope import inverse_frequencies, logn_scale, ntk_alpha, rotary_table, rotate
@@ -25,11 +25,11 @@ from qwenvl_jax.nn.rope import inverse_frequencies, logn_scale, ntk_alpha, rotar
 class Context(NamedTuple):
     """What attention needs to know about a batch of tokens besides the tokens; the same for every layer."""
 
-    mask: jax.Array  # bool [B, T, S], True where a query may look
+    mask: jax.Array | PackedBlocks  # bool [B, T, S], True where a query may look, or the masks of packed rows
     cos: jax.Array  # float32 [B, T, rotary_dim / 2]
     sin: jax.Array
     query_scale: jax.Array | None  # float32 [B, T], logn attention; None in training
-    cache_start: jax.Array | None = None  # int [B], the slot of each sequence's first new token
+    cache_slot: jax.Array | None = None  # int [], the recent slot of the cache where the first new token goes
 
 
 class Block(nnx.Module):
@@ -48,10 +48,10 @@ class Block(nnx.Module):
         self.down = Linear(config.mlp_width, dim, axes=("mlp", "embed"), std=residual_std, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, context: Context, cache: kv_cache.LayerCache | None = None):
-        """x [B, T, D] -> ([B, T, D], (k, v)).
+        """x [B, T, D] -> ([B, T, D], keys and values).
 
-        Without a cache, attention is among the T tokens and their keys and values are returned. With one, they are stored
-        at `context.cache_start`, attention is over the whole cache, and the filled cache is returned.
+        Without a cache, attention is among the T tokens and their (k, v), [B, T, N, H] each, are returned. With one, they
+        are stored at `context.cache_slot`, attention is over the whole cache, and the filled cache is returned.
         """
         qkv = self.qkv(self.norm_attention(x))  # [B, T, 3, D]
         q, k, v = (qkv[..., i, :].reshape(*x.shape[:2], self.heads, -1) for i in range(3))
@@ -59,10 +59,14 @@ class Block(nnx.Module):
         if context.query_scale is not None:
             q = q * context.query_scale[..., None, None].astype(q.dtype)
         if cache is not None:
-            k, v = kv_cache.write(cache, k, v, context.cache_start)
-        x = x + self.out(attend(q, k, v, context.mask).reshape(x.shape))
+            kept = cache.append(k, v, context.cache_slot)
+            mixed = kept.attend(q, context.mask)
+        else:
+            kept = k, v
+            mixed = (attend_packed if isinstance(context.mask, PackedBlocks) else attend)(q, k, v, context.mask)
+        x = x + self.out(mixed.reshape(x.shape))
         hidden = self.norm_mlp(x)
-        return x + self.down(self.up(hidden) * jax.nn.silu(self.gate(hidden))), (k, v)
+        return x + self.down(self.up(hidden) * jax.nn.silu(self.gate(hidden))), kept
 
 
 class VisionTower(nnx.Module):
@@ -111,12 +115,12 @@ class QwenVL(nnx.Module):
 
     def context(
         self,
-        mask: jax.Array,
+        mask: jax.Array | PackedBlocks,
         positions: jax.Array,
         frequencies: jax.Array,
         *,
         training: bool = False,
-        cache_start: jax.Array | None = None,
+        cache_slot: jax.Array | None = None,
     ) -> Context:
         """Attention context of a batch.
 
@@ -125,7 +129,7 @@ class QwenVL(nnx.Module):
         """
         cos, sin = rotary_table(positions, frequencies)
         logn = self.config.use_logn_attn and not training
-        return Context(mask, cos, sin, logn_scale(positions, self.config.seq_length) if logn else None, cache_start)
+        return Context(mask, cos, sin, logn_scale(positions, self.config.seq_length) if logn else None, cache_slot)
 
     def __call__(self, x: jax.Array, context: Context, cache: list | None = None, *, remat: bool = False):
         """x [B, T, D] from `embed` -> (hidden [B, T, D] after the last norm, keys and values per layer).

@@ -1,0 +1,20 @@
+"""The command `qwenvl-train` and `train.py`."""
+
+import sys
+
+from qwenvl_jax.config import UserError
+from qwenvl_jax.training.recipe import parse_arguments
+
+
+def main() -> int:
+    """Trains a recipe; 0 at its end, 2 with one line for a mistake in the command or the recipe."""
+    try:
+        recipe = parse_arguments(sys.argv[1:])
+        from qwenvl_jax.training.run import train  # JAX starts here; a mistyped flag should not wait for it
+
+        folder = train(recipe)
+    except UserError as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 2
+    print(f"model written to {folder}")
+    return 0

@@ -1,0 +1,92 @@
+"""Optimizers and schedules, from optax, over parameters named by their path."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+from qwenvl_jax.config import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerRecipe:
+    """How parameters move.
+
+    `muon` orthogonalises the update of every matrix (Jordan et al. 2024) and treats vectors, embeddings and the output head
+    with Adam at `adam_learning_rate`; `adamw` treats all alike.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 1e-5
+    adam_learning_rate: float | None = None  # muon only; None: learning_rate
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    final_share: float = 0.0  # learning rate at the end over its peak
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    clip_norm: float = 1.0  # of the global gradient
+
+    def __post_init__(self):
+        if self.learning_rate <= 0:
+            raise UserError(f"optimizer.learning_rate is {self.learning_rate}; it must be above 0")
+        if not 0 <= self.final_share <= 1:
+            raise UserError(f"optimizer.final_share is {self.final_share}; it must lie in 0..1")
+
+
+def schedule(recipe: OptimizerRecipe, peak: float, steps: int) -> optax.Schedule:
+    """Linear warm-up to `peak`, then the recipe's decay until `steps`."""
+    rest, end = max(steps - recipe.warmup_steps, 1), peak * recipe.final_share
+    decay = {
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, recipe.final_share),
+        "linear": lambda: optax.linear_schedule(peak, end, rest),
+        "constant": lambda: optax.constant_schedule(peak),
+    }[recipe.schedule]()
+    if not recipe.warmup_steps:
+        return decay
+    warmup = optax.linear_schedule(peak / recipe.warmup_steps, peak, recipe.warmup_steps)
+    return optax.join_schedules([warmup, decay], [recipe.warmup_steps])
+
+
+def matrix_axes(path: str, value: jax.Array) -> MuonDimensionNumbers | None:
+    """Which axes of a parameter form the matrices that Muon orthogonalises; None for Adam.
+
+    Layers in a stack and the three thirds of a fused projection are matrices of their own.
+    """
+    if not path.endswith("kernel") or "lm_head" in path or path.startswith("auxiliary"):
+        return None
+    first = 1 if "layers." in path or "blocks." in path else 0
+    if path.endswith("qkv.kernel"):
+        output = (first + 1, first + 3) if "blocks." in path else (first + 2,)
+        return MuonDimensionNumbers((first,), output)
+    return MuonDimensionNumbers((first,), (first + 1,))
+
+
+def decays(path: str) -> bool:
+    """Weight decay is for matrices; norms, biases, queries and position tables keep their scale."""
+    return path.endswith(("kernel", "table"))
+
+
+def make_optimizer(recipe: OptimizerRecipe, params: dict[str, jax.Array], steps: int) -> optax.GradientTransformation:
+    """The optimizer of a run of `steps` updates over `params`, arrays by path."""
+    rate = schedule(recipe, recipe.learning_rate, steps)
+    mask = {path: decays(path) for path in params}
+    if recipe.name == "adamw":
+        core = optax.adamw(
+            rate, recipe.beta1, recipe.beta2, recipe.epsilon, weight_decay=recipe.weight_decay, mask=mask
+        )
+    else:
+        axes = {path: matrix_axes(path, value) for path, value in params.items()}
+        core = muon(
+            rate,
+            weight_decay=recipe.weight_decay,
+            adam_weight_decay=0.0,
+            adam_b1=recipe.beta1,
+            adam_b2=recipe.beta2,
+            adam_learning_rate=schedule(recipe, recipe.adam_learning_rate or recipe.learning_rate, steps),
+            muon_weight_dimension_numbers=axes,
+        )
+    return optax.chain(optax.clip_by_global_norm(recipe.clip_norm), core)

@@ -1,0 +1,174 @@
+"""Recipes: what a training run is, as a YAML file and command-line overrides, typed.
+
+`python train.py configs/tiny.yaml --optimizer.learning-rate 0.005`. A misspelt field is refused with the nearest one.
+"""
+
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+
+from qwenvl_jax.config import QwenVLConfig, UserError, VisionConfig
+from qwenvl_jax.data.scene_rows import SceneRecipe
+from qwenvl_jax.training.optimizer import OptimizerRecipe
+
+
+@dataclasses.dataclass(frozen=True)
+class NewModel:
+    """The shape of a model that starts from random weights; see `QwenVLConfig` and `VisionConfig` for the fields."""
+
+    vocabulary: str = "qwenvl_jax/assets/tiny/qwen.tiktoken"
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    layers: int = 4
+    heads: int = 4
+    intermediate_size: int = 768
+    initializer_range: float = 0.08
+    seq_length: int = 2048
+    image_size: int = 96
+    patch_size: int = 8
+    vision_width: int = 96
+    vision_layers: int = 3
+    vision_heads: int = 4
+    vision_mlp_ratio: float = 4.0
+    n_queries: int = 36
+    # Resampler queries begin at their own part of the picture; see `auxiliary.start_local`.
+    start_local: bool = True
+
+    def config(self, image_start_id: int) -> QwenVLConfig:
+        return QwenVLConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            kv_channels=self.hidden_size // self.heads,
+            intermediate_size=self.intermediate_size,
+            initializer_range=self.initializer_range,
+            seq_length=self.seq_length,
+            max_position_embeddings=4 * self.seq_length,
+            visual=VisionConfig(
+                image_size=self.image_size,
+                patch_size=self.patch_size,
+                width=self.vision_width,
+                layers=self.vision_layers,
+                heads=self.vision_heads,
+                mlp_ratio=self.vision_mlp_ratio,
+                output_dim=self.hidden_size,
+                n_queries=self.n_queries,
+                image_start_id=image_start_id,
+            ),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class AuxiliaryRecipe:
+    """The head that names what covers each cell of a picture; its weight falls linearly to `floor` at `until` of the run."""
+
+    weight: float = 1.0
+    floor: float = 0.3
+    until: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One training run."""
+
+    output: str = "runs/run"  # folder of checkpoints, logs, curve and the exported model
+    start: str | None = None  # checkpoint folder to go on from; None: a new model of the shape below
+    new_model: NewModel = NewModel()
+    data: SceneRecipe = SceneRecipe()
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+    auxiliary: AuxiliaryRecipe | None = None
+    steps: int = 1000
+    batch_size: int = 24
+    seed: int = 0
+    mesh: typing.Literal["single", "fsdp", "fsdp_tensor"] = "single"
+    remat: bool = False  # compute each layer again in the backward pass instead of keeping its activations
+    workers: int = 1  # processes that draw and tokenise
+    log_every: int = 50
+    evaluate_every: int = 500
+    evaluate_batches: int = 8
+    save_every: int = 500
+    keep: int = 2  # checkpoints
+    export_dtype: typing.Literal["bfloat16", "float32"] = "bfloat16"
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "log_every", "evaluate_every", "save_every", "keep", "workers"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """The recipe of a YAML file. Raises UserError naming the file and the field."""
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        near = difflib.get_close_matches(str(path), map(str, Path(path).parent.glob("*.yaml")))
+        raise UserError(f"{path}: {error.strerror}" + (f"; did you mean {near[0]}?" if near else "")) from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    try:
+        return _build(Recipe, raw or {}, "")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def parse_arguments(arguments: Sequence[str]) -> Recipe:
+    """The recipe of a command line: a YAML file, then overrides such as `--data.seed 1`. Exits with 2 on a wrong flag."""
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError("name a recipe first, for example: python train.py configs/tiny.yaml --steps 100")
+    recipe = read_recipe(arguments[0])
+    return tyro.cli(Recipe, args=list(arguments[1:]), default=recipe, prog=f"{sys.argv[0]} {arguments[0]}")
+
+
+def _build(kind: type, raw: Any, where: str):
+    """A dataclass from a YAML mapping, checked field by field."""
+    if not isinstance(raw, Mapping):
+        raise UserError(f"{where or 'the file'} must be a mapping of fields, not {raw!r}")
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for name, value in raw.items():
+        field = f"{where}.{name}" if where else str(name)
+        if name not in hints:
+            near = difflib.get_close_matches(str(name), hints)
+            raise UserError(f"unknown field {field}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(hints)}"))
+        values[name] = _value(hints[name], value, field)
+    return kind(**values)
+
+
+def _value(hint: Any, value: Any, field: str) -> Any:
+    """A YAML value as its field's type, or UserError."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _value(next(a for a in arguments if a is not type(None)), value, field)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, field)
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+        raise UserError(f"{field} is {value!r}; use one of {', '.join(map(str, arguments))}")
+    if origin is tuple and isinstance(value, list):
+        inner = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(inner) == len(value):
+            return tuple(_value(a, v, f"{field}[{i}]") for i, (a, v) in enumerate(zip(inner, value, strict=True)))
+    if origin is dict and isinstance(value, Mapping):
+        return {str(key): _value(arguments[1], item, f"{field}.{key}") for key, item in value.items()}
+    if hint is float and isinstance(value, str):  # YAML reads 1e-5 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise UserError(f"{field} is {value!r}; expected {getattr(hint, '__name__', str(hint))}")
