@@ -91,8 +91,8 @@ def preprocess(images: Sequence[Image.Image], image_size: int) -> np.ndarray:
 def _square(image: Image.Image, side: int) -> Image.Image:
     """Pillow's bicubic resize in two calls, one for each axis, which fixes their order.
 
-    Each pass rounds to 8 bits, so the order shows. Pillow before 13 goes along the rows first; 13 goes along the columns
-    first where the height shrinks more than twice as much as the width, and the golden values come from it.
+    Each pass rounds to 8 bits, so the order shows. Pillow before 13 goes along the rows first; 13 goes along the
+    columns first where the height shrinks more than twice as much as the width, and the golden values come from it.
     """
     width, height = image.size
     columns_first = height > side and height - side > 2 * (width - side)
@@ -124,11 +124,13 @@ def _convert(image: Image.Image, mode: Mode, name: str) -> Image.Image:
         raise UserError(f"{name}: {width} x {height} is more than {MAX_PIXELS:,} pixels; make it smaller")
     try:
         image.load()
-        return image.convert("RGB") if mode == "reference" else _to_rgb(image)
+        converted = image.convert("RGB") if mode == "reference" else _to_rgb(image)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     except Exception as error:
         raise UserError(f"{name}: the picture is damaged or cut off ({error})") from None
+    converted.info = {}  # an orientation that was applied must not be found and applied again
+    return converted
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -58,6 +58,10 @@ def to_list_format(text: str) -> list[dict[str, str]]:
     forbidden = next((name for name in _FORBIDDEN_IN_LISTS if name in text), None)
     if forbidden:
         raise UserError(f"the text holds the special token {forbidden}, which the list format has no place for")
+    return _elements(text)
+
+
+def _elements(text: str) -> list[dict[str, str]]:
     elements: list[dict[str, str]] = []
     position = 0
     while opening := _OPENING.search(text, position):
@@ -218,7 +222,7 @@ def user_parts(text: str, root: str | os.PathLike, pictures: list[str]) -> list[
     whole conversation), a box becomes a box part on the latest picture with the label directly before it. A label
     without a box has no counterpart and stays as plain text, as does a quad.
     """
-    elements = to_list_format(text)
+    elements = _elements(text)
     parts: list[dict[str, Any]] = []
     for position, element in enumerate(elements):
         following = elements[position + 1] if position + 1 < len(elements) else {}

@@ -161,6 +161,8 @@ def test_exif_orientation_is_applied_and_ignored_in_reference_mode(orientation):
     content = encoded(Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
     np.testing.assert_array_equal(pixels_of(content)[..., 0], upright)
     np.testing.assert_array_equal(pixels_of(content, mode="reference")[..., 0], stored)
+    for mode, expected in (("default", upright), ("reference", stored)):  # loading what was loaded changes nothing
+        np.testing.assert_array_equal(pixels_of(load_image(content, mode=mode))[..., 0], expected)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
