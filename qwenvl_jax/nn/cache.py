@@ -1,22 +1,66 @@
-"""The KV cache: keys and values of the tokens so far, one pair of arrays per layer, filled in place when donated."""
+"""The KV cache of decoding: each layer's keys and values of the tokens so far.
+
+It has two parts. The past is only read by decode steps, so a compiled loop over steps never copies it; the few most
+recent tokens are written, one slot per step and the same slot in every sequence, however long each of them is. When the
+recent part is full, `flush` moves it into the past. Slots are only places: positions belong to the rotary tables.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# One layer's keys and values, each [B, S, N, H]. Keys are stored rotated.
-LayerCache = tuple[jax.Array, jax.Array]
+from qwenvl_jax.nn.attention import attend_parts
 
 
-def empty(layers: int, batch: int, length: int, heads: int, head_dim: int, dtype) -> list[LayerCache]:
-    """A cache of zeros with room for `length` tokens per sequence."""
-    shape = (batch, length, heads, head_dim)
-    return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(layers)]
+class LayerCache(NamedTuple):
+    """One layer's keys (rotated) and values, heads before slots: [B, N, S, H] past, [B, N, R, H] recent."""
+
+    past_k: jax.Array
+    past_v: jax.Array
+    recent_k: jax.Array
+    recent_v: jax.Array
+
+    def append(self, k: jax.Array, v: jax.Array, slot: jax.Array) -> "LayerCache":
+        """Stores k, v [B, T, N, H] in the recent slots from `slot` (int []) on, which must have room for them."""
+
+        def written(recent, new):
+            return jax.lax.dynamic_update_slice_in_dim(
+                recent, new.transpose(0, 2, 1, 3).astype(recent.dtype), slot, axis=2
+            )
+
+        return self._replace(recent_k=written(self.recent_k, k), recent_v=written(self.recent_v, v))
+
+    def attend(self, q: jax.Array, mask: jax.Array) -> jax.Array:
+        """Attention of q [B, T, N, H] over past and recent slots; mask bool [B, T, S + R]. Returns [B, T, N, H]."""
+        return attend_parts(q, [(self.past_k, self.past_v), (self.recent_k, self.recent_v)], mask)
 
 
-def write(cache: LayerCache, k: jax.Array, v: jax.Array, start: jax.Array) -> LayerCache:
-    """Stores k, v [B, T, N, H] at slots start .. start + T - 1 of each sequence; start int [B]."""
+def start(k: jax.Array, v: jax.Array, recent: int) -> LayerCache:
+    """The cache after a prompt whose keys and values are k, v [B, T, N, H], with room for `recent` tokens."""
+    batch, _, heads, head_dim = k.shape
+    empty = jnp.zeros((batch, heads, recent, head_dim), k.dtype)
+    return LayerCache(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), empty, empty)
 
-    def one(buffer, new, at):
-        return jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), at, axis=0)
 
-    return jax.vmap(one)(cache[0], k, start), jax.vmap(one)(cache[1], v, start)
+def cached_mask(past: jax.Array, slots: int, recent: jax.Array, recent_slots: int) -> jax.Array:
+    """bool [B, 1, S + R], where one new token may look: the first `past` (int [B]) of `slots`, recent ones up to `recent`."""
+    old = jnp.arange(slots) < past[:, None]
+    new = jnp.broadcast_to(jnp.arange(recent_slots) <= recent, (past.shape[0], recent_slots))
+    return jnp.concatenate([old, new], axis=1)[:, None, :]
+
+
+def flush(cache: LayerCache, past: jax.Array, slots: int) -> LayerCache:
+    """Moves all recent tokens behind the first `past` (int [B]) slots of each sequence, into a past of `slots` slots.
+
+    `slots` may be more than before, never less. What would fall behind its end is dropped.
+    """
+    rows = jnp.arange(past.shape[0])[:, None]
+    places = past[:, None] + jnp.arange(cache.recent_k.shape[2])  # [B, R]
+
+    def moved(old, recent):
+        old = jnp.pad(old, ((0, 0), (0, 0), (0, slots - old.shape[2]), (0, 0)))
+        # Indexed dimensions come first: [B, R, N, H].
+        return old.at[rows, :, places].set(recent.transpose(0, 2, 1, 3), mode="drop")
+
+    return cache._replace(past_k=moved(cache.past_k, cache.recent_k), past_v=moved(cache.past_v, cache.recent_v))
