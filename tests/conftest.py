@@ -15,10 +15,13 @@ REPOSITORY = TESTS.parent
 # Before the first array exists. Sharding tests need several devices; a program on one device is unaffected.
 jax.config.update("jax_num_cpu_devices", 8)
 
-# A second run of the suite mostly reads compiled programs back from here.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    jax.config.update("jax_compilation_cache_dir", str(REPOSITORY / ".cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# A second run of the suite mostly reads compiled programs back from here; the processes that tests start do, too.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update(
+    "jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
+)
 
 
 def golden_folder() -> Path:

@@ -114,5 +114,8 @@ def _serve(options: argparse.Namespace) -> None:
             share=options.share,
             inbrowser=options.inbrowser,
         )
-    except OSError as error:
-        raise UserError(f"--server-port {options.server_port}: {error}") from None
+    except OSError:
+        place = f"{options.server_name}:{options.server_port}"
+        raise UserError(
+            f"cannot listen on {place}, is it taken? Choose another --server-port or --server-name"
+        ) from None
