@@ -63,13 +63,12 @@ def _answer(options: argparse.Namespace) -> None:
 
     vlm = qwenvl_jax.load(options.checkpoint)
     reply = vlm.chat([{"role": "user", "content": content}])
-    console = Console(highlight=False)
-    console.print(readable(reply.text) or reply.text, markup=False)
+    print(readable(reply.text) or reply.text)
     if reply.boxes:
         table = Table("box", "left", "top", "right", "bottom", title="in pixels of the picture")
         for box in reply.boxes:
             table.add_row(box.label or "", *(f"{corner:.0f}" for corner in (box.x1, box.y1, box.x2, box.y2)))
-        console.print(table)
+        Console().print(table)
     if options.output is not None:
         _save(reply, options.output)
 
