@@ -1,0 +1,125 @@
+"""Runs a batch of prompts to the end of their replies: calls the compiled programs and makes text of the new tokens.
+
+Which prompts share a batch, and what a reply looks like to a user, is the caller's business.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+from qwenvl_jax.inference.decode import CHUNK, Generator, length_bucket
+from qwenvl_jax.inference.sampling import SamplingOptions, controls
+from qwenvl_jax.inference.text import TextStream
+from qwenvl_jax.processing.template import Prompt
+
+STEPS_BETWEEN_CHECKS = 8  # tokens between two looks for stop strings; what comes after one is lost work
+
+
+class Generation:
+    """A batch of prompts whose replies are being generated.
+
+    generator: the model. prompts, options: one each per row. stop_ids: tokens that end every reply. shift, rotary: see
+    `Generator.prefill`. Raises UserError for a prompt that does not fit the model.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        prompts: Sequence[Prompt],
+        options: Sequence[SamplingOptions],
+        stop_ids: Sequence[int] = (),
+        *,
+        shift: np.ndarray | None = None,
+        rotary: np.ndarray | None = None,
+    ):
+        self._generator = generator
+        self._controls = controls(options, stop_ids, generator.config.vocab_size)
+        self._batch = generator.batch(prompts, room=1)
+        room = generator.config.max_position_embeddings - self._batch.lengths[: len(prompts)]
+        self._controls.max_new_tokens[:] = np.minimum(self._controls.max_new_tokens, room)
+        self._start = shift, rotary
+        self._state = None
+        self._lengths = self._batch.lengths.copy()  # filled slots of the past
+        self._used = 0  # filled slots of the recent part
+        self._stopped = np.zeros(len(self._lengths), bool)  # replies that the caller has ended
+        self._done = np.zeros(len(prompts), bool)
+        self.generated = np.zeros(len(prompts), np.int32)  # tokens of each reply so far, a stop token included
+        self.finish_reasons = ["length"] * len(prompts)  # or "stop"; final when the reply is done
+
+    @property
+    def finished(self) -> bool:
+        """Whether all replies are done."""
+        return bool(np.all(self._done))
+
+    @property
+    def logits(self) -> np.ndarray:
+        """float32 [B, V]: what the newest token of each reply was chosen from."""
+        return np.asarray(self._state.logits)[: len(self._done)]
+
+    def stop(self, row: int) -> None:
+        """Ends a reply."""
+        self._stopped[row] = self._done[row] = True
+        self.finish_reasons[row] = "stop"
+
+    def advance(self, steps: int = CHUNK) -> list[list[int]]:
+        """The next tokens of each reply, at most `steps` (the first call: one), without the stop token at its end."""
+        if self._state is None:
+            self._past, self._state, self._fixed = self._generator.prefill(self._batch, self._controls, *self._start)
+            self._batch = None
+            tokens, generated, done = self._fetch(self._state.last[:, None])
+        else:
+            if self._used == CHUNK:
+                self._flush()
+            steps = min(steps, CHUNK - self._used)
+            self._state = self._generator.decode(
+                self._past, self._state, self._fixed, self._lengths, self._used, steps, self._stopped
+            )
+            tokens, generated, done = self._fetch(self._state.tokens)
+            tokens = tokens[:, self._used :]
+            # Some reply has grown at every step, or the steps would have ended.
+            self._used += int(np.max(generated - self.generated))
+        new = [row[:count].tolist() for row, count in zip(tokens, generated - self.generated, strict=True)]
+        for row, ids in enumerate(new):
+            if ids and self._controls.stops[row, ids[-1]] and done[row]:
+                ids.pop()
+                self.finish_reasons[row] = "stop"
+        self.generated, self._done = generated, done | self._stopped[: len(done)]
+        return new
+
+    def _fetch(self, tokens: jax.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """tokens [rows, ...], generated [rows] and done [rows] on the host, without the rows that fill the bucket."""
+        values = jax.device_get((tokens, self._state.generated, self._state.done))
+        return tuple(value[: len(self._done)] for value in values)
+
+    def _flush(self) -> None:
+        longest = np.max(self._lengths[: len(self._done)][~self._done])
+        slots = max(self._past.k[0].shape[2], length_bucket(longest + CHUNK))
+        self._past = self._generator.flush(self._past, self._state, self._lengths, slots)
+        self._lengths = self._lengths + np.int32(CHUNK)
+        self._used = 0
+
+
+def pieces(generation: Generation, streams: Sequence[TextStream], interval: float | None = None) -> Iterator[list[str]]:
+    """New text of each reply as it comes, until all are done.
+
+    `streams` take the rows' tokens, and end a reply where they find a stop string. interval: seconds between two
+    pieces, as far as the model is fast enough; by default as few calls as can be.
+    """
+    steps = CHUNK if interval is None else 1
+    if interval is None and any(stream.has_stop for stream in streams):
+        steps = STEPS_BETWEEN_CHECKS
+    while not generation.finished:
+        start = time.perf_counter()
+        new = generation.advance(steps)
+        texts = []
+        for row, (stream, ids) in enumerate(zip(streams, new, strict=True)):
+            texts.append(stream.feed(ids))
+            if stream.stopped:
+                generation.stop(row)
+        yield texts
+        if interval is not None:
+            per_step = (time.perf_counter() - start) / max(max(map(len, new)), 1)
+            steps = min(max(int(interval / per_step), 1), CHUNK)
+    yield [stream.finish() for stream in streams]
