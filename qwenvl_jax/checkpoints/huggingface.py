@@ -37,7 +37,10 @@ def check_dtype(dtype: str | None) -> None:
 def abstract_model(config: QwenVLConfig, *, stacked: bool) -> QwenVL:
     """The model with shapes in place of arrays."""
     model = nnx.eval_shape(lambda: QwenVL(config, rngs=nnx.Rngs(0)))
-    return model if stacked else jax.eval_shape(unstack, model)
+    if not stacked:
+        model = jax.eval_shape(unstack, model)
+        model.config = config  # a cached trace returns the config that it saw, which may differ in `extra`
+    return model
 
 
 def checkpoint_tensors(config: QwenVLConfig) -> list[Tensor]:
@@ -120,8 +123,10 @@ def load_model(
 
 def _target_dtype(files: FolderTensors, parts: list[Tensor], dtype: str | None) -> np.dtype:
     """What the parameter is to be: `dtype`, else as stored, and the wider one where the layers of a stack differ."""
-    stored = jnp.result_type(*(files.describe(part.name)[1] for part in parts)) if dtype is None else np.dtype(dtype)
-    return np.dtype(np.float32) if stored == np.float64 else stored
+    if dtype is not None:
+        return np.dtype(dtype)
+    stored = {files.describe(part.name)[1] for part in parts}
+    return np.dtype(jnp.result_type(*(np.float32 if found == np.float64 else found for found in stored)))
 
 
 def _read(files: FolderTensors, part: Tensor, dtype: np.dtype) -> np.ndarray:

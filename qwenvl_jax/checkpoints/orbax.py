@@ -115,10 +115,10 @@ def _stored(folder: Path, parameters: dict[str, jax.ShapeDtypeStruct]) -> dict[s
     """Shape and dtype of what is on disk, by path. Raises UserError if that is not what the model consists of."""
     try:
         stored = ocp.metadata(folder / ORBAX).metadata
+        if not isinstance(stored, dict):  # Orbax's own answer to some kinds of damage
+            raise ValueError("no list of parameters")
     except Exception as error:  # whatever a damaged folder provokes in Orbax and TensorStore
         raise _damaged(folder, error) from None
-    if not isinstance(stored, dict):
-        raise UserError(f"{folder / ORBAX}: not a dictionary of parameters")
     problems = {
         "missing": sorted(parameters.keys() - stored.keys()),
         "unexpected": sorted(map(str, stored.keys() - parameters.keys())),

@@ -123,8 +123,11 @@ class PickleReader:
 
     def run(self) -> Any:
         """The object that the pickle describes. Raises Damaged; any other exception means damage too."""
-        argument: Any
-        for opcode, argument, _ in pickletools.genops(self.data):
+        instructions: list[tuple[Any, Any, Any]] = list(pickletools.genops(self.data))
+        for opcode, argument, _ in instructions:
+            if opcode.name == "GLOBAL":  # before all else, so that a refusal names it
+                self.named(str(argument))
+        for opcode, argument, _ in instructions:
             name = opcode.name
             if name == "STOP":
                 return self.stack.pop()
