@@ -1,7 +1,7 @@
 """Model configuration: what a checkpoint's `config.json` says, as frozen dataclasses, both ways.
 
-Field names are those of the Hugging Face file so that a reader finds them there. Keys of the file that the model does not
-read are carried along in `extra` and written back unchanged. What a run does (learning rate, batch) is not here.
+Field names are those of the Hugging Face file so that a reader finds them there. Keys of the file that the model does
+not read are carried along in `extra` and written back unchanged. What a run does (learning rate, batch) is not here.
 """
 
 import dataclasses
@@ -104,7 +104,9 @@ class QwenVLConfig:
                 f"visual.image_start_id {self.visual.image_start_id} leaves no room in vocab_size {self.vocab_size}"
             )
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.kv_channels:
-            problems.append(f"rotary_pct {self.rotary_pct} gives {self.rotary_dim} rotated dimensions; needs an even number")
+            problems.append(
+                f"rotary_pct {self.rotary_pct} gives {self.rotary_dim} rotated dimensions; needs an even number"
+            )
         if problems:
             raise UserError("config.json: " + "; ".join(problems))
 
@@ -137,9 +139,7 @@ class QwenVLConfig:
         extra = {k: v for k, v in raw.items() if k not in fields and k != "visual"}
         extra["visual"] = {k: v for k, v in raw["visual"].items() if k not in visual_fields}
         try:
-            return cls(
-                visual=VisionConfig(**visual), extra=extra, **{k: v for k, v in raw.items() if k in fields}
-            )
+            return cls(visual=VisionConfig(**visual), extra=extra, **{k: v for k, v in raw.items() if k in fields})
         except TypeError as error:  # a required field is absent; dataclasses name it
             raise UserError(f"config.json: {str(error).split('__init__() ')[-1]}") from None
 

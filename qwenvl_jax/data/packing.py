@@ -1,9 +1,9 @@
 """Rows of fixed shape from a shared prefix and the branches that continue it.
 
-A prefix is what several continuations share (a system prompt, a picture); a branch is one of them (a question about that
-picture with its answer). A branch sees the prefix and itself, never another branch, so a picture is encoded and stored once
-for all its questions and the numbers are those of separate sequences. Branches are packed, first fit, into blocks that none
-of them crosses, which `nn.attention.attend_packed` uses.
+A prefix is what several continuations share (a system prompt, a picture); a branch is one of them (a question about
+that picture with its answer). A branch sees the prefix and itself, never another branch, so a picture is encoded and
+stored once for all its questions and the numbers are those of separate sequences. Branches are packed, first fit, into
+blocks that none of them crosses, which `nn.attention.attend_packed` uses.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from qwenvl_jax.processing.template import IGNORED, Segment
 
 @dataclasses.dataclass(frozen=True)
 class RowShape:
-    """Static shape of a row in tokens: a prefix, then `blocks` blocks of `block` each; `targets` of them are trained."""
+    """Static shape of a row in tokens: a prefix, then `blocks` blocks of `block`; at most `targets` are trained."""
 
     prefix: int
     blocks: int
@@ -30,10 +30,11 @@ class RowShape:
 def pack_branches(prefix: Segment, branches: list[tuple[Segment, list[int]]], shape: RowShape) -> dict[str, np.ndarray]:
     """One row of a prefix and as many of its branches, in order, as fit; the others are left out.
 
-    A branch is a segment and its labels (unshifted, IGNORED where nothing is trained). Returns int32 arrays: ids, slots,
-    positions and group [T] (positions count on from the prefix in each branch; group is 1, or 0 for padding), branch
-    [blocks, block] (which branch a token belongs to), target_positions, targets and target_branch [targets] (the token that
-    predicts each trained token, the trained token, IGNORED where there is none, and its branch, counted from 1). Raises ValueError when the prefix or every branch is too long.
+    A branch is a segment and its labels (unshifted, IGNORED where nothing is trained). Returns int32 arrays: ids,
+    slots, positions and group [T] (positions count on from the prefix in each branch; group is 1, or 0 for padding),
+    branch [blocks, block] (which branch a token belongs to), target_positions, targets and target_branch [targets] (the
+    token that predicts each trained token, the trained token, IGNORED where there is none, and its branch, counted from
+    1). Raises ValueError when the prefix or every branch is too long.
     """
     if len(prefix) > shape.prefix:
         raise ValueError(f"a prefix of {len(prefix)} tokens does not fit into the {shape.prefix} of a row")
@@ -53,15 +54,14 @@ def pack_branches(prefix: Segment, branches: list[tuple[Segment, list[int]]], sh
         start = shape.prefix + block * shape.block + used[block]
         _place(row, branch, start=start, position=len(prefix), branch=number)
         # The token before a target predicts it; before a branch's first token stands the end of the prefix.
-        row["target_positions"][trained : trained + len(where)] = np.where(where > 0, start + where - 1, len(prefix) - 1)
-        row["targets"][trained : trained + len(where)] = np.asarray(labels)[where]
-        row["target_branch"][trained : trained + len(where)] = number
+        places = slice(trained, trained + len(where))
+        row["target_positions"][places] = np.where(where > 0, start + where - 1, len(prefix) - 1)
+        row["targets"][places], row["target_branch"][places] = np.asarray(labels)[where], number
         used[block] += len(branch)
         trained += len(where)
     if not trained:
         raise ValueError(f"no branch fits into blocks of {shape.block} tokens, or none has a trained token")
-    row["branch"] = row["branch"][shape.prefix :].reshape(shape.blocks, shape.block)
-    return row
+    return row | {"branch": row["branch"][shape.prefix :].reshape(shape.blocks, shape.block)}
 
 
 def _place(row: dict[str, np.ndarray], tokens: Segment, *, start: int, position: int, branch: int) -> None:

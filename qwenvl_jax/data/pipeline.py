@@ -1,4 +1,4 @@
-"""Grain pipelines: random-access rows to batches, drawn ahead in worker processes, with a state that a checkpoint can hold."""
+"""Grain pipelines: random-access rows to batches, drawn ahead in worker processes, with a state to save."""
 
 from functools import partial
 

@@ -1,7 +1,7 @@
 """Training rows of scenes: a picture once, and many questions about it as branches of one packed row.
 
-Rows are a pure function of (recipe, index), so the state of the data is one number. This file draws and tokenises; what is
-asked is decided in `questions.py` and `conversations.py`, how rows become batches in `pipeline.py`.
+Rows are a pure function of (recipe, index), so the state of the data is one number. This file draws and tokenises; what
+is asked is decided in `questions.py` and `conversations.py`, how rows become batches in `pipeline.py`.
 """
 
 import bisect
@@ -19,7 +19,8 @@ from qwenvl_jax.processing.images import preprocess
 from qwenvl_jax.processing.template import IGNORED, Segment
 from qwenvl_jax.processing.tokenizer import Tokenizer
 
-
+ROW = RowShape(prefix=64, blocks=4, block=64, targets=112)
+PAIR_ROW = RowShape(prefix=128, blocks=2, block=64, targets=64)  # of records with two pictures
 CONVERSATION = 1 + len(KINDS)  # the kind of a branch with several turns or pictures
 
 
@@ -37,8 +38,8 @@ class SceneRecipe:
     curriculum: tuple[tuple[float, int], ...] = ((0.0, 6),)
     weights: dict[str, float] = dataclasses.field(default_factory=lambda: dict(KIND_WEIGHTS))
     cells: int = 2  # auxiliary labels per side of a query's part of the picture
-    row: RowShape = RowShape(prefix=64, blocks=4, block=64, targets=112)
-    pair_row: RowShape = RowShape(prefix=128, blocks=2, block=64, targets=64)
+    row: RowShape = ROW
+    pair_row: RowShape = PAIR_ROW
 
     def __post_init__(self):
         unknown = set(self.weights) - set(KIND_WEIGHTS)
@@ -50,7 +51,7 @@ class SceneRecipe:
 
 
 class SceneRows:
-    """A random-access source of packed rows; `len` is steps x batch size. Grain pickles it into its worker processes."""
+    """A random-access source of packed rows, as many as steps x batch size. Grain pickles it into its workers."""
 
     def __init__(self, recipe: SceneRecipe, vocabulary: str, config: QwenVLConfig, steps: int, batch_size: int):
         self.recipe, self.vocabulary, self.config = recipe, vocabulary, config
@@ -75,22 +76,23 @@ class SceneRows:
         return stages[bisect.bisect_right([share for share, _ in stages], step / self.steps) - 1][1]
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """The row of an index, see `pack_branches`, with its pictures' "pixels" and "cell/..." labels, and "branch_kind"."""
+        """The row of an index, see `pack_branches`, with "branch_kind", "pixels" and "cell/..." labels."""
         recipe, step = self.recipe, index // self.batch_size
         every = recipe.two_pictures_every
         paired = bool(every) and step % every == every - 1
-        draw = {"max_objects": self.max_objects(step)}
-        scenes = [sample_scene(recipe.seed, recipe.split, 2 * index + i, **draw) for i in range(2 if paired else 1)]
+        most = self.max_objects(step)
+        scenes = [sample_scene(recipe.seed, recipe.split, 2 * index + i, most) for i in range(2 if paired else 1)]
         rng = scene_rng(recipe.seed + 1, recipe.split, index)
         if paired:
-            turns = [two_pictures(*scenes, rng, 2, recipe.chinese_share).turns for _ in range(6)]
-            branches = [(CONVERSATION, self._turns(list(asked), scenes[-1])) for asked in turns]
+            first, second = scenes
+            turns = [two_pictures(first, second, rng, 2, recipe.chinese_share).turns for _ in range(6)]
+            branches = [(CONVERSATION, self._turns(list(asked), second)) for asked in turns]
         else:
             branches = self._questions(scenes[0], rng)
-        kinds, branches = zip(*branches, strict=True)
-        row = pack_branches(self._prefix(len(scenes)), list(branches), recipe.pair_row if paired else recipe.row)
+        tokens = [branch for _, branch in branches]
+        row = pack_branches(self._prefix(len(scenes)), tokens, recipe.pair_row if paired else recipe.row)
         row["branch_kind"] = np.zeros(recipe.questions + 2, np.int32)
-        row["branch_kind"][1 : len(kinds) + 1] = kinds
+        row["branch_kind"][1 : len(branches) + 1] = [kind for kind, _ in branches]
         row["pixels"] = preprocess([scene.draw() for scene in scenes], self.config.visual.image_size)
         labels = [scene.cell_labels(self.config.visual.query_grid * recipe.cells) for scene in scenes]
         return row | {f"cell/{name}": np.stack([label[name] for label in labels]) for name in labels[0]}

@@ -1,8 +1,9 @@
-"""Qwen-VL: the Qwen-7B language model (Bai et al. 2023a) that reads pictures as spans of 256 feature vectors (Bai et al. 2023b).
+"""Qwen-VL (Bai et al. 2023b): the Qwen-7B language model (Bai et al. 2023a), which reads a picture as a span of 256
+features.
 
-Shapes: B batch, T query length, S key length, N heads, H head dim, D model dim, F feed-forward dim, V vocabulary, L layers,
-I images, Q resampler queries. The model is a plain pytree: pass it through jax.jit, jax.grad and jax.lax.scan as it is.
-Text, tokenisation and picture files are the processor's business; sampling is inference's.
+Shapes: B batch, T query length, S key length, N heads, H head dim, D model dim, F feed-forward dim, V vocabulary, L
+layers, I images, Q resampler queries. The model is a plain pytree: pass it through jax.jit, jax.grad and jax.lax.scan
+as it is. Text, tokenisation and picture files are the processor's business; sampling is inference's.
 """
 
 from typing import NamedTuple
@@ -47,23 +48,27 @@ class Block(nnx.Module):
         self.gate = Linear(dim, config.mlp_width, axes=("embed", "mlp"), std=std, dtype=dtype, rngs=rngs)
         self.down = Linear(config.mlp_width, dim, axes=("mlp", "embed"), std=residual_std, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, context: Context, cache: kv_cache.LayerCache | None = None):
+    def __call__(
+        self, x: jax.Array, context: Context, cache: kv_cache.LayerCache | None = None
+    ) -> tuple[jax.Array, kv_cache.LayerCache | tuple[jax.Array, jax.Array]]:
         """x [B, T, D] -> ([B, T, D], keys and values).
 
-        Without a cache, attention is among the T tokens and their (k, v), [B, T, N, H] each, are returned. With one, they
-        are stored at `context.cache_slot`, attention is over the whole cache, and the filled cache is returned.
+        Without a cache, attention is among the T tokens and their (k, v), [B, T, N, H] each, are returned. With one,
+        they are stored at `context.cache_slot`, attention is over the whole cache, and the filled cache is returned.
         """
         qkv = self.qkv(self.norm_attention(x))  # [B, T, 3, D]
         q, k, v = (qkv[..., i, :].reshape(*x.shape[:2], self.heads, -1) for i in range(3))
         q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
         if context.query_scale is not None:
             q = q * context.query_scale[..., None, None].astype(q.dtype)
-        if cache is not None:
-            kept = cache.append(k, v, context.cache_slot)
-            mixed = kept.attend(q, context.mask)
+        kept: kv_cache.LayerCache | tuple[jax.Array, jax.Array] = (k, v)
+        if isinstance(context.mask, PackedBlocks):
+            mixed = attend_packed(q, k, v, context.mask)
+        elif cache is None or context.cache_slot is None:
+            mixed = attend(q, k, v, context.mask)
         else:
-            kept = k, v
-            mixed = (attend_packed if isinstance(context.mask, PackedBlocks) else attend)(q, k, v, context.mask)
+            kept = cache = cache.append(k, v, context.cache_slot)
+            mixed = cache.attend(q, context.mask)
         x = x + self.out(mixed.reshape(x.shape))
         hidden = self.norm_mlp(x)
         return x + self.down(self.up(hidden) * jax.nn.silu(self.gate(hidden))), kept
@@ -91,7 +96,8 @@ class QwenVL(nnx.Module):
         dim, std = config.hidden_size, config.initializer_range
         self.config = config
         self.embedding = Embedding(config.vocab_size, dim, axes=("vocab", "embed"), std=std, dtype=dtype, rngs=rngs)
-        self.layers = jax.vmap(lambda keys: Block(config, dtype=dtype, rngs=keys))(rngs.split(config.num_hidden_layers))
+        blocks = jax.vmap(lambda keys: Block(config, dtype=dtype, rngs=keys))(rngs.split(config.num_hidden_layers))
+        self.layers: Block | nnx.List[Block] = blocks
         self.norm_final = RMSNorm(dim, epsilon=config.layer_norm_epsilon, dtype=dtype)
         self.lm_head = Linear(dim, config.vocab_size, axes=("embed", "vocab"), std=std, dtype=dtype, rngs=rngs)
         residual_std = std / (2 * config.num_hidden_layers) ** 0.5
@@ -101,14 +107,16 @@ class QwenVL(nnx.Module):
         """pixels float32 [I, 3, S, S], normalised -> features [I, Q, D] in the model's dtype."""
         return self.visual(pixels)
 
-    def embed(self, ids: jax.Array, features: jax.Array | None = None, image_slots: jax.Array | None = None) -> jax.Array:
+    def embed(
+        self, ids: jax.Array, features: jax.Array | None = None, image_slots: jax.Array | None = None
+    ) -> jax.Array:
         """Token embeddings with picture features in their slots.
 
-        ids int [B, T]; features [I, Q, D]; image_slots int [B, T]: row of `features` flattened to [I*Q, D], -1 for text.
-        Returns [B, T, D].
+        ids int [B, T]; features [I, Q, D]; image_slots int [B, T]: row of `features` flattened to [I*Q, D], -1 for
+        text. Returns [B, T, D].
         """
         x = self.embedding(ids)
-        if features is None:
+        if features is None or image_slots is None:
             return x
         rows = features.reshape(-1, features.shape[-1])[jnp.maximum(image_slots, 0)]
         return jnp.where(image_slots[..., None] >= 0, rows.astype(x.dtype), x)
@@ -124,8 +132,8 @@ class QwenVL(nnx.Module):
     ) -> Context:
         """Attention context of a batch.
 
-        mask bool [B, T, S]; positions int [B, T]; frequencies float32 [B, rotary_dim / 2] from `frequencies(config, lengths)`.
-        Training switches logn attention off, as the original does.
+        mask bool [B, T, S]; positions int [B, T]; frequencies float32 [B, rotary_dim / 2] from the function of that
+        name. Training switches logn attention off, as the original does.
         """
         cos, sin = rotary_table(positions, frequencies)
         logn = self.config.use_logn_attn and not training
@@ -157,7 +165,8 @@ class QwenVL(nnx.Module):
 def frequencies(config: QwenVLConfig, lengths) -> np.ndarray:
     """float32 [B, rotary_dim / 2]: rotary frequencies of prompts of these lengths, on the host.
 
-    Dynamic NTK makes them a function of the prompt's length, fixed for all that is generated after it. Pass 0 for training.
+    Dynamic NTK makes them a function of the prompt's length, fixed for all that is generated after it. Pass 0 for
+    training.
     """
     alphas = [ntk_alpha(int(n), config.seq_length) if config.use_dynamic_ntk else 1 for n in lengths]
     return np.stack([inverse_frequencies(config.rotary_dim, config.rotary_emb_base, alpha) for alpha in alphas])
@@ -170,7 +179,5 @@ def unstack(model: QwenVL) -> QwenVL:
     graph, state = nnx.split(model)
     model = nnx.merge(graph, state)  # a copy of the structure; the arrays are shared
     stacked = model.layers
-    model.layers = nnx.List(
-        [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(model.config.num_hidden_layers)]
-    )
+    model.layers = nnx.List([jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(model.config.num_hidden_layers)])
     return model

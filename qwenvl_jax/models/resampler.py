@@ -32,11 +32,13 @@ class CrossAttention(nnx.Module):
     def __init__(self, dim: int, heads: int, *, dtype, rngs: nnx.Rngs):
         self.heads = heads
         # Glorot's std for a [3D, D] matrix, torch's default for this weight.
-        self.qkv = Linear(dim, (3, dim), axes=("embed", None, "heads"), bias=True, std=dim**-0.5 / 2**0.5, dtype=dtype, rngs=rngs)
+        std = dim**-0.5 / 2**0.5
+        self.qkv = Linear(dim, (3, dim), axes=("embed", None, "heads"), bias=True, std=std, dtype=dtype, rngs=rngs)
         self.out = Linear(dim, dim, axes=("heads", "embed"), bias=True, dtype=dtype, rngs=rngs)
 
     def project(self, x: jax.Array, which: int) -> jax.Array:
         """x [I, S, D] through the query (0), key (1) or value (2) third -> [I, S, N, H]."""
+        assert self.qkv.bias is not None
         kernel, bias = self.qkv.kernel[...], self.qkv.bias[...]
         y = jnp.einsum("isd,de->ise", x, kernel[:, which], precision=full_precision(kernel.dtype)) + bias[which]
         return y.reshape(*y.shape[:2], self.heads, -1)

@@ -1,4 +1,5 @@
-"""The vision transformer of Qwen-VL: OpenCLIP ViT-bigG/14 without class token, final norm and projection (Qwen-VL paper, 2.1).
+"""The vision transformer of Qwen-VL: OpenCLIP ViT-bigG/14 without class token, final norm and projection (Qwen-VL
+paper, 2.1).
 
 Pictures come in as normalised pixels and leave as one vector per patch; the resampler turns these into query features.
 """
@@ -17,7 +18,8 @@ from qwenvl_jax.nn.norm import LayerNorm
 
 
 def bicubic_weights(source: int, target: int) -> np.ndarray:
-    """float32 [target, source]: one axis of torch's bicubic interpolation (a = -0.75, borders clamped, no antialiasing).
+    """float32 [target, source]: one axis of torch's bicubic interpolation (a = -0.75, borders clamped, no
+    antialiasing).
 
     `jax.image.resize(method="cubic")` uses a = -0.5 and renormalises at the borders, which is another function.
     """
@@ -54,9 +56,8 @@ class VitBlock(nnx.Module):
         width, epsilon = config.width, config.layer_norm_epsilon
         self.norm_attention = LayerNorm(width, epsilon=epsilon, dtype=dtype)
         # Per-head interleaving as in Megatron: [N, (q k v), H], unlike the language model and the resampler.
-        self.qkv = Linear(
-            width, (config.heads, 3, config.head_dim), axes=("vit", "vit_heads", None, None), bias=True, dtype=dtype, rngs=rngs
-        )
+        qkv, qkv_axes = (config.heads, 3, config.head_dim), ("vit", "vit_heads", None, None)
+        self.qkv = Linear(width, qkv, axes=qkv_axes, bias=True, dtype=dtype, rngs=rngs)
         self.out = Linear(width, width, axes=("vit_heads", "vit"), bias=True, dtype=dtype, rngs=rngs)
         self.norm_mlp = LayerNorm(width, epsilon=epsilon, dtype=dtype)
         self.up = Linear(width, config.mlp_width, axes=("vit", "vit_mlp"), bias=True, dtype=dtype, rngs=rngs)
@@ -103,5 +104,3 @@ class Vit(nnx.Module):
             return block(x), None
 
         return jax.lax.scan(body, self.embed(pixels), self.blocks)[0]
-
-

@@ -79,8 +79,9 @@ def causal_mask(valid: jax.Array) -> jax.Array:
 def packed_mask(group: jax.Array, branch: jax.Array) -> jax.Array:
     """Mask of rows that hold several documents, each a shared prefix and branches that continue it.
 
-    group int [B, T]: the document a token belongs to, 0 for padding; branch int [B, T]: 0 for the shared prefix, else which
-    continuation. A token sees earlier tokens of its own document that are shared or of its own branch. [B, T, T] bool.
+    group int [B, T]: the document a token belongs to, 0 for padding; branch int [B, T]: 0 for the shared prefix, else
+    which continuation. A token sees earlier tokens of its own document that are shared or of its own branch. [B, T, T]
+    bool.
     """
     length = group.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))
@@ -92,8 +93,8 @@ def packed_mask(group: jax.Array, branch: jax.Array) -> jax.Array:
 class PackedBlocks(NamedTuple):
     """Masks of packed rows whose branches never cross a block boundary: a prefix, then blocks of equal length.
 
-    Where `packed_mask` would be mostly False, attention computes only what can be True: the prefix among itself, and each
-    block over the prefix and itself.
+    Where `packed_mask` would be mostly False, attention computes only what can be True: the prefix among itself, and
+    each block over the prefix and itself.
     """
 
     prefix: jax.Array  # bool [B, P, P]
@@ -105,7 +106,7 @@ def packed_blocks(group: jax.Array, branch: jax.Array, prefix: int, width: int) 
 
     group, branch int [B, T] with T = prefix + a multiple of width; branch 0 only within the prefix.
     """
-    rows, length = group.shape
+    length = group.shape[1]
 
     def folded(x):
         tail = x[:, prefix:].reshape(-1, width)

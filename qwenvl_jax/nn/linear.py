@@ -23,8 +23,8 @@ def normal(rngs: nnx.Rngs, shape: Sequence[int], std: float, dtype) -> jax.Array
 class Linear(nnx.Module):
     """y = x W + b with W of shape [in, *out].
 
-    `out` may have several axes (a fused projection is [D, 3, N*H]), so that one axis of it can be sharded. `axes` names the
-    logical axes of W for the sharding rules; layers stacked in front of them are not counted.
+    `out` may have several axes (a fused projection is [D, 3, N*H]), so that one axis of it can be sharded. `axes` names
+    the logical axes of W for the sharding rules; layers stacked in front of them are not counted.
     """
 
     def __init__(

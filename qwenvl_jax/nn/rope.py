@@ -1,7 +1,7 @@
 """Rotary positions (Su et al. 2021), dynamic NTK scaling of their base, and logn attention scaling.
 
-Everything that depends on a prompt's length (the NTK factor) is computed here on the host in numpy and passed to compiled
-programs as data, so that no length is ever a reason to compile.
+Everything that depends on a prompt's length (the NTK factor) is computed here on the host in numpy and passed to
+compiled programs as data, so that no length is ever a reason to compile.
 """
 
 import math
@@ -14,8 +14,8 @@ import numpy as np
 def ntk_alpha(length: int, seq_length: int) -> int:
     """The factor on the rotary base for a prompt of `length` tokens, fixed for the whole generation that follows.
 
-    max(2 ** ceil(log2(length / seq_length) + 1) - 1, 1), that is 1, 3, 7, 15, ... as the prompt passes 1, 2, 4, ... times
-    the training length (Qwen-7B's dynamic NTK; computed in integers, where the logarithm could round).
+    max(2 ** ceil(log2(length / seq_length) + 1) - 1, 1), that is 1, 3, 7, 15, ... as the prompt passes 1, 2, 4, ...
+    times the training length (Qwen-7B's dynamic NTK; computed in integers, where the logarithm could round).
     """
     alpha, reach = 1, seq_length
     while length > reach:
@@ -53,6 +53,6 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def logn_scale(positions: jax.Array, seq_length: int) -> jax.Array:
-    """float32 factors on queries: log(p + 1) / log(seq_length) beyond the training length, 1 within (p counts from 0)."""
+    """float32 factors on queries at positions p: log(p + 1) / log(seq_length) beyond seq_length, 1 within."""
     count = positions.astype(jnp.float32) + 1.0
     return jnp.where(count > seq_length, jnp.log(count) / math.log(seq_length), 1.0)

@@ -1,9 +1,9 @@
 """What replaces the CLIP initialisation when a small model is trained from nothing.
 
-Qwen-VL starts from OpenCLIP, whose patches already know what they show. From random weights the next-token loss alone leaves
-a small model blind for very long. Two things help: `start_local`, an initialisation under which every resampler query begins
-by reading its own part of the picture, and `CellHead`, a classifier on the visual features that must name what covers each
-cell. Both leave no trace in the checkpoint: the head is dropped, the initialisation is only a start.
+Qwen-VL starts from OpenCLIP, whose patches already know what they show. From random weights the next-token loss alone
+leaves a small model blind for very long. Two things help: `start_local`, an initialisation under which every resampler
+query begins by reading its own part of the picture, and `CellHead`, a classifier on the visual features that must name
+what covers each cell. Both leave no trace in the checkpoint: the head is dropped, the initialisation is only a start.
 """
 
 import dataclasses
@@ -32,17 +32,16 @@ class CellTargets:
 
 
 class CellHead(nnx.Module):
-    """Names, for every query, what covers each of the `cells` x `cells` sub-cells of its part of the picture, and its box."""
+    """Names, for every query, what covers each of the `cells` x `cells` parts of its share of the picture."""
 
     def __init__(self, config: VisionConfig, targets: CellTargets, *, cells: int, rngs: nnx.Rngs):
         self.cells, self.query_grid, self.classes = cells, config.query_grid, targets.classes
         outputs = sum(self.classes.values()) + 4
-        self.linear = Linear(
-            config.output_dim, (cells * cells, outputs), axes=("embed", None, None), bias=True, dtype=jnp.float32, rngs=rngs
-        )
+        shape, axes = (cells * cells, outputs), ("embed", None, None)
+        self.linear = Linear(config.output_dim, shape, axes=axes, bias=True, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, features: jax.Array) -> dict[str, jax.Array]:
-        """features [I, Q, D] -> float32 [I, grid*grid, classes] per label, "box" [I, grid*grid, 4]; grid = cells * sqrt(Q)."""
+        """features [I, Q, D] -> float32 [I, G*G, classes] per label and "box" [I, G*G, 4], with G = cells * sqrt(Q)."""
         images, side, cells = features.shape[0], self.query_grid, self.cells
         out = self.linear(features.astype(jnp.float32)).reshape(images, side, side, cells, cells, -1)
         out = out.transpose(0, 1, 3, 2, 4, 5).reshape(images, (side * cells) ** 2, -1)
@@ -57,7 +56,7 @@ def cell_loss(predictions: dict[str, jax.Array], labels: dict[str, jax.Array]) -
     Cells with nothing count a quarter, or they would drown the others.
     """
     weight = jnp.where(labels["mask"], 1.0, 0.25)
-    total = 0.0
+    total = jnp.zeros(())
     for name, logits in predictions.items():
         if name == "box":
             error = jnp.abs(jax.nn.sigmoid(logits) - labels["box"]).sum(-1) * labels["mask"]
@@ -72,8 +71,8 @@ def cell_loss(predictions: dict[str, jax.Array], labels: dict[str, jax.Array]) -
 def start_local(model, *, frequencies: int = 8, sharpness: float = 5.0):
     """The model with a resampler whose queries begin by attending to their own neighbourhood.
 
-    Query and key see only the fastest `frequencies` sines and cosines of the position table, amplified by `sharpness`, so
-    that the score of a patch falls with its distance from the query's cell; the patch content is kept out of those
+    Query and key see only the fastest `frequencies` sines and cosines of the position table, amplified by `sharpness`,
+    so that the score of a patch falls with its distance from the query's cell; the patch content is kept out of those
     dimensions. Value and output projections start as a pass-through.
     """
     resampler = model.visual.resampler

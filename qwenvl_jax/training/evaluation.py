@@ -1,7 +1,7 @@
 """Evaluation during training: loss and answers right, by kind of question, on validation scenes.
 
-An answer counts as right when every one of its tokens is the likeliest given the true ones before it. That is cheap and, for
-one-token answers, the same as asking; `evaluation/scenes.py` is the real examination.
+An answer counts as right when every one of its tokens is the likeliest given the true ones before it. That is cheap
+and, for one-token answers, the same as asking; `evaluation/scenes.py` is the real examination.
 """
 
 from collections.abc import Callable

@@ -14,11 +14,17 @@ class RunLog:
 
     def __init__(self, output: Path, steps: int, first: int, tensors: int, parameters: int):
         self.output, self.console = output, Console(highlight=False)
-        self.console.print(f"{parameters:,} parameters in {tensors} arrays, steps {first + 1} to {steps}, into {output}")
+        done = f" ({first} done)" if first else ""
+        self.console.print(f"{parameters:,} parameters in {tensors} arrays, {steps} steps{done}, into {output}")
+        _forget_after(output / "log.jsonl", first)
         self.file = (output / "log.jsonl").open("a", encoding="utf-8")
         self.writer = SummaryWriter(str(output / "tensorboard"))
         self.progress = Progress(
-            BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
             console=self.console,
         )
         self.task = self.progress.add_task("compiling", total=steps, completed=first)
@@ -41,7 +47,8 @@ class RunLog:
         self.since = now
         rate = values["target_tokens"] / values["seconds_per_step"]
         self._write("train", number, values | {"target_tokens_per_second": rate})
-        text = f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  {values['seconds_per_step']:.2f} s/step  {rate:.0f} target tokens/s"
+        text = f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}"
+        text += f"  {values['seconds_per_step']:.2f} s/step  {rate:.0f} target tokens/s"
         self.progress.update(self.task, completed=number, description=text)
         if not self.console.is_terminal:
             self.console.print(f"step {number}: {text}")
@@ -49,7 +56,7 @@ class RunLog:
     def evaluation(self, number: int, values: dict[str, float]) -> None:
         """Logs an evaluation and prints it."""
         self._write("evaluation", number, values)
-        shares = "  ".join(f"{name.removeprefix('right/')} {value:.2f}" for name, value in values.items() if name != "loss")
+        shares = "  ".join(f"{name[6:]} {value:.2f}" for name, value in values.items() if name.startswith("right/"))
         self.console.print(f"step {number}: validation loss {values['loss']:.4f}  {shares}", soft_wrap=True)
         draw_curve(self.output)
         self.since = time.perf_counter()
@@ -60,6 +67,13 @@ class RunLog:
         self.file.flush()
         for name, value in values.items():
             self.writer.add_scalar(f"{kind}/{name}", value, number)
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drops the rows of steps that a run logged but will do again, having been killed before it saved them."""
+    if path.exists():
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 def draw_curve(output: Path) -> None:

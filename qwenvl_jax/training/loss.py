@@ -1,4 +1,4 @@
-"""The next-token loss, over the supervised tokens only and in chunks, so that logits of all tokens never exist at once."""
+"""The next-token loss, of supervised tokens only and in chunks: logits of all tokens never exist at once."""
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +7,9 @@ import jax.numpy as jnp
 def next_token_loss(model, hidden: jax.Array, positions: jax.Array, targets: jax.Array, *, chunk: int = 4096):
     """Sum of the negative log-likelihoods of the targets, and how many there are, both float32 scalars.
 
-    hidden [B, T, D]; positions int [B, K]: the token whose hidden state predicts each target; targets int [B, K], -100 where
-    there is none. Equal to cross-entropy over all positions with the others ignored. Logits are made for `chunk` targets at
-    a time and made again in the backward pass.
+    hidden [B, T, D]; positions int [B, K]: the token whose hidden state predicts each target; targets int [B, K], -100
+    where there is none. Equal to cross-entropy over all positions with the others ignored. Logits are made for `chunk`
+    targets at a time and made again in the backward pass.
     """
     picked = jnp.take_along_axis(hidden, positions[..., None], axis=1).reshape(-1, hidden.shape[-1])
     targets = targets.reshape(-1)

@@ -14,8 +14,8 @@ from qwenvl_jax.config import UserError
 class OptimizerRecipe:
     """How parameters move.
 
-    `muon` orthogonalises the update of every matrix (Jordan et al. 2024) and treats vectors, embeddings and the output head
-    with Adam at `adam_learning_rate`; `adamw` treats all alike.
+    `muon` orthogonalises the update of every matrix (Jordan et al. 2024) and treats vectors, embeddings and the output
+    head with Adam at `adam_learning_rate`; `adamw` treats all alike.
     """
 
     name: Literal["adamw", "muon"] = "adamw"

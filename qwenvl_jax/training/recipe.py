@@ -24,7 +24,7 @@ from qwenvl_jax.training.optimizer import OptimizerRecipe
 class NewModel:
     """The shape of a model that starts from random weights; see `QwenVLConfig` and `VisionConfig` for the fields."""
 
-    vocabulary: str = "qwenvl_jax/assets/tiny/qwen.tiktoken"
+    vocabulary: str | None = None  # a qwen.tiktoken file; None: that of the tiny model, which fits its scenes
     vocab_size: int = 1024
     hidden_size: int = 128
     layers: int = 4
@@ -69,7 +69,7 @@ class NewModel:
 
 @dataclasses.dataclass(frozen=True)
 class AuxiliaryRecipe:
-    """The head that names what covers each cell of a picture; its weight falls linearly to `floor` at `until` of the run."""
+    """The head that names what covers each cell of a picture; its weight falls to `floor` at `until` of the run."""
 
     weight: float = 1.0
     floor: float = 0.3
@@ -82,14 +82,13 @@ class Recipe:
 
     output: str = "runs/run"  # folder of checkpoints, logs, curve and the exported model
     start: str | None = None  # checkpoint folder to go on from; None: a new model of the shape below
-    new_model: NewModel = NewModel()
-    data: SceneRecipe = SceneRecipe()
-    optimizer: OptimizerRecipe = OptimizerRecipe()
+    new_model: NewModel = dataclasses.field(default_factory=NewModel)
+    data: SceneRecipe = dataclasses.field(default_factory=SceneRecipe)
+    optimizer: OptimizerRecipe = dataclasses.field(default_factory=OptimizerRecipe)
     auxiliary: AuxiliaryRecipe | None = None
     steps: int = 1000
     batch_size: int = 24
     seed: int = 0
-    mesh: typing.Literal["single", "fsdp", "fsdp_tensor"] = "single"
     remat: bool = False  # compute each layer again in the backward pass instead of keeping its activations
     workers: int = 1  # processes that draw and tokenise
     log_every: int = 50
@@ -121,7 +120,7 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def parse_arguments(arguments: Sequence[str]) -> Recipe:
-    """The recipe of a command line: a YAML file, then overrides such as `--data.seed 1`. Exits with 2 on a wrong flag."""
+    """The recipe of a command line: a YAML file, then overrides such as `--data.seed 1`. A wrong flag exits with 2."""
     if not arguments or arguments[0].startswith("-"):
         raise UserError("name a recipe first, for example: python train.py configs/tiny.yaml --steps 100")
     recipe = read_recipe(arguments[0])
@@ -138,7 +137,8 @@ def _build(kind: type, raw: Any, where: str):
         field = f"{where}.{name}" if where else str(name)
         if name not in hints:
             near = difflib.get_close_matches(str(name), hints)
-            raise UserError(f"unknown field {field}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(hints)}"))
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(hints)}"
+            raise UserError(f"unknown field {field}; {hint}")
         values[name] = _value(hints[name], value, field)
     return kind(**values)
 
@@ -150,7 +150,7 @@ def _value(hint: Any, value: Any, field: str) -> Any:
         if value is None:
             return None
         return _value(next(a for a in arguments if a is not type(None)), value, field)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _build(hint, value, field)
     if origin is typing.Literal:
         if value in arguments:

@@ -1,6 +1,7 @@
 """A training run from a recipe: build, resume, step, watch, save, export. `train.py` calls `train`."""
 
 import dataclasses
+import importlib.resources
 import json
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import yaml
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from qwenvl_jax.checkpoints.folder import locate, read_config, small_files
+from qwenvl_jax.checkpoints.folder import VOCABULARY, SmallFiles, locate, read_config, small_files
 from qwenvl_jax.checkpoints.huggingface import load_model, save_model
 from qwenvl_jax.config import QwenVLConfig, UserError
 from qwenvl_jax.data.pipeline import batches
@@ -32,7 +33,8 @@ from qwenvl_jax.training.step import TrainState, make_evaluation_step, make_trai
 def build_modules(recipe: Recipe) -> tuple[dict[str, nnx.Module], QwenVLConfig, Path]:
     """The modules to train ({"model", and "auxiliary" if wanted}), the configuration and the vocabulary file."""
     if recipe.start is None:
-        vocabulary = Path(recipe.new_model.vocabulary)
+        shipped = importlib.resources.files("qwenvl_jax") / "assets" / "tiny" / VOCABULARY
+        vocabulary = Path(recipe.new_model.vocabulary or str(shipped))
         tokenizer = Tokenizer.from_file(vocabulary, recipe.new_model.n_queries)
         config = recipe.new_model.config(tokenizer.image_start_id)
         if tokenizer.n_vocab > config.vocab_size:
@@ -42,10 +44,10 @@ def build_modules(recipe: Recipe) -> tuple[dict[str, nnx.Module], QwenVLConfig, 
             start_local(model)
     else:
         folder = locate(recipe.start)
-        config, vocabulary = read_config(folder), folder / "qwen.tiktoken"
+        config, vocabulary = read_config(folder), folder / VOCABULARY
         model = load_model(folder, dtype="float32", stacked=True)
     # Few layers run faster one by one; a deep stack is scanned, or compiling takes minutes.
-    modules = {"model": unstack(model) if config.num_hidden_layers <= 8 else model}
+    modules: dict[str, nnx.Module] = {"model": unstack(model) if config.num_hidden_layers <= 8 else model}
     if recipe.auxiliary is not None:
         targets = CellTargets(*(1 + len(names) for names in (COLORS, SHAPES, SIZES, GLYPHS)))
         modules["auxiliary"] = CellHead(config.visual, targets, cells=recipe.data.cells, rngs=nnx.Rngs(recipe.seed + 1))
@@ -61,7 +63,7 @@ def auxiliary_schedule(recipe: Recipe):
 
 
 class Checkpoints:
-    """Orbax checkpoints of a run: parameters, optimizer and data state apart, so that a server can read the first alone."""
+    """Orbax checkpoints of a run: parameters, optimizer and data state apart, so that each can be read alone."""
 
     def __init__(self, folder: Path, keep: int):
         self.checkpointer = ocp.training.Checkpointer(
@@ -100,7 +102,8 @@ def train(recipe: Recipe) -> Path:
     params, rebuild = named_parameters(modules)
     optimizer = make_optimizer(recipe.optimizer, params, recipe.steps)
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-    step = jax.jit(make_train_step(rebuild, optimizer, auxiliary_schedule(recipe), remat=recipe.remat), donate_argnums=0)
+    train_step = make_train_step(rebuild, optimizer, auxiliary_schedule(recipe), remat=recipe.remat)
+    step = jax.jit(train_step, donate_argnums=0)
     evaluation_step = jax.jit(make_evaluation_step(rebuild))
 
     rows = SceneRows(recipe.data, str(vocabulary), config, recipe.steps, recipe.batch_size)
@@ -127,8 +130,9 @@ def train(recipe: Recipe) -> Path:
             if number % recipe.log_every == 0 or number == recipe.steps:
                 values = {k: float(np.mean([float(m[k]) for m in metrics])) for k in metrics[0]}
                 if not np.isfinite(values["loss"]):
-                    raise FloatingPointError(f"the loss is {values['loss']} within the {len(metrics)} steps before {number}")
-                log.steps(number, values | {"learning_rate": float(rate(number)), "data_wait": waited / len(metrics)}, len(metrics))
+                    raise FloatingPointError(f"the loss is {values['loss']} in the {len(metrics)} steps up to {number}")
+                values |= {"learning_rate": float(rate(number)), "data_wait": waited / len(metrics)}
+                log.steps(number, values, len(metrics))
                 waited, metrics = 0.0, []
             if number % recipe.evaluate_every == 0 or number == recipe.steps:
                 log.evaluation(number, evaluate(evaluation_step, state.params, validation))
@@ -142,7 +146,7 @@ def export(recipe: Recipe, model: QwenVL, output: Path, vocabulary: Path) -> Pat
     """Writes the model as a Hugging Face folder `output/model-STEPS`, with its vocabulary and generation settings."""
     if recipe.start is None:
         generation = {"chat_format": "chatml", "do_sample": False, "max_new_tokens": 256, "max_window_size": 1536}
-        small = {"tokenizer_file": vocabulary, "tokenizer_config": None, "generation_config": generation}
+        small = SmallFiles(tokenizer_file=vocabulary, tokenizer_config=None, generation_config=generation)
     else:
         small = small_files(locate(recipe.start))
     folder = output / f"model-{recipe.steps}"

@@ -66,8 +66,8 @@ def packed_hidden(model, batch: dict[str, jax.Array], *, remat: bool = False) ->
 def forward_loss(modules, batch: dict[str, jax.Array], auxiliary_weight: jax.Array, *, remat: bool):
     """Loss of a packed batch and its parts.
 
-    modules: {"model": QwenVL, "auxiliary": CellHead or absent}. The batch also has target_positions and targets int [B, K],
-    and cell labels "cell/<name>" when there is an auxiliary head.
+    modules: {"model": QwenVL, "auxiliary": CellHead or absent}. The batch also has target_positions and targets int [B,
+    K], and cell labels "cell/<name>" when there is an auxiliary head.
     """
     model = modules["model"]
     hidden, features = packed_hidden(model, batch, remat=remat)
