@@ -160,6 +160,8 @@ def param_shardings(model: Any, mesh: Mesh, rules: ShardingRules | None = None) 
     name through `param_paths`. What is not an `nnx.Param` with `axes` is copied to all devices.
     """
     rules = DEFAULT_RULES if rules is None else rules
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise UserError("mesh: its axes must be of type Auto (make_mesh), where the compiler inserts communication")
 
     def one(path, variable):
         axes = variable.get_metadata().get("axes", ()) if isinstance(variable, nnx.Variable) else ()

@@ -206,6 +206,11 @@ def test_make_mesh_refuses_what_does_not_fit(preset, options):
         make_mesh(preset, **options)
 
 
+def test_a_mesh_with_explicit_axes_is_refused():
+    with pytest.raises(UserError, match="must be of type Auto"):
+        param_shardings(Parts(x=((8,), ("embed",))), jax.make_mesh((1, 8, 1), MESH_AXES), DEFAULT_RULES)
+
+
 def test_rules_are_values():
     assert dataclasses.replace(DEFAULT_RULES, vocab=None) != DEFAULT_RULES
     assert hash(preset_rules("fsdp")) == hash(dataclasses.replace(preset_rules("fsdp")))
