@@ -26,6 +26,8 @@ FLOAT32 = 5e-5  # absolute, on logits of magnitude 9
 
 
 class Golden:
+    """One file: its arrays, and a generator with its weights."""
+
     def __init__(self, path: Path):
         self.values = np.load(path, allow_pickle=False)
         self.meta = json.loads(str(self.values["meta_json"]))
@@ -92,3 +94,21 @@ def test_greedy_tokens_and_their_logits(path, case):
         logits.append(generation.logits)
     np.testing.assert_array_equal(replies, greedy[:, length:])
     np.testing.assert_allclose(np.stack(logits), golden.values[f"{case}/step_logits"], atol=FLOAT32, rtol=0)
+
+
+def uncached_cases() -> list:
+    return [case for case in greedy_cases() if f"{case.values[1]}/greedy_uncached" in np.load(case.values[0]).files]
+
+
+@pytest.mark.parametrize(("path", "case"), uncached_cases())
+def test_greedy_tokens_without_a_cache(path, case):
+    """One pass over everything per token, in which dynamic NTK follows the growing length."""
+    golden = load(path)
+    expected = golden.values[f"{case}/greedy_uncached"][0]
+    ids = golden.values[f"{case}/input_ids"][0]
+    while len(ids) < len(expected):
+        batch = golden.generator.batch([golden.prompt(ids)])
+        valid = np.arange(batch.ids.shape[1])[None] < len(ids)
+        logits = golden.generator.logits(batch, valid, frequencies(golden.config, [len(ids)]))
+        ids = np.append(ids, int(np.argmax(logits[0, len(ids) - 1])))
+    np.testing.assert_array_equal(ids, expected)
