@@ -19,8 +19,9 @@ from qwenvl_jax.processing.images import preprocess
 from qwenvl_jax.processing.template import IGNORED, Segment
 from qwenvl_jax.processing.tokenizer import Tokenizer
 
-ROW = RowShape(prefix=64, blocks=4, block=64, targets=112)
-PAIR_ROW = RowShape(prefix=128, blocks=2, block=64, targets=64)  # of records with two pictures
+ROW = RowShape(prefix=96, blocks=4, block=64, targets=112)
+PAIR_ROW = RowShape(prefix=192, blocks=2, block=64, targets=64)  # of records with two pictures
+PAIR_CONVERSATIONS = 6  # offered per pair of pictures
 CONVERSATION = 1 + len(KINDS)  # the kind of a branch with several turns or pictures
 
 
@@ -33,6 +34,7 @@ class SceneRecipe:
     questions: int = 12  # offered per picture; as many as fit into the row are asked
     conversation_share: float = 0.15  # of the pictures, that also carry a conversation of several turns
     chinese_share: float = 0.25
+    text_share: float = 0.5  # of the pictures, that carry a written word or number
     two_pictures_every: int = 16  # every so many batches, one about pairs of pictures; 0: never
     # The most objects in a picture from each share of the run on, for example [[0, 1], [0.5, 6]].
     curriculum: tuple[tuple[float, int], ...] = ((0.0, 6),)
@@ -81,17 +83,20 @@ class SceneRows:
         every = recipe.two_pictures_every
         paired = bool(every) and step % every == every - 1
         most = self.max_objects(step)
-        scenes = [sample_scene(recipe.seed, recipe.split, 2 * index + i, most) for i in range(2 if paired else 1)]
+        scenes = [
+            sample_scene(recipe.seed, recipe.split, 2 * index + i, most, recipe.text_share)
+            for i in range(2 if paired else 1)
+        ]
         rng = scene_rng(recipe.seed + 1, recipe.split, index)
         if paired:
             first, second = scenes
-            turns = [two_pictures(first, second, rng, 2, recipe.chinese_share).turns for _ in range(6)]
+            turns = [two_pictures(first, second, rng, 2, recipe.chinese_share).turns for _ in range(PAIR_CONVERSATIONS)]
             branches = [(CONVERSATION, self._turns(list(asked), second)) for asked in turns]
         else:
             branches = self._questions(scenes[0], rng)
         tokens = [branch for _, branch in branches]
         row = pack_branches(self._prefix(len(scenes)), tokens, recipe.pair_row if paired else recipe.row)
-        row["branch_kind"] = np.zeros(recipe.questions + 2, np.int32)
+        row["branch_kind"] = np.zeros(max(recipe.questions, PAIR_CONVERSATIONS) + 2, np.int32)
         row["branch_kind"][1 : len(branches) + 1] = [kind for kind, _ in branches]
         row["pixels"] = preprocess([scene.draw() for scene in scenes], self.config.visual.image_size)
         labels = [scene.cell_labels(self.config.visual.query_grid * recipe.cells) for scene in scenes]

@@ -1,6 +1,7 @@
 """Optimizers and schedules, from optax, over parameters named by their path."""
 
 import dataclasses
+import re
 from typing import Literal
 
 import jax
@@ -54,11 +55,12 @@ def schedule(recipe: OptimizerRecipe, peak: float, steps: int) -> optax.Schedule
 def matrix_axes(path: str, value: jax.Array) -> MuonDimensionNumbers | None:
     """Which axes of a parameter form the matrices that Muon orthogonalises; None for Adam.
 
-    Layers in a stack and the three thirds of a fused projection are matrices of their own.
+    Layers in a stack and the three thirds of a fused projection are matrices of their own. Layers in a list
+    ("layers.3.") have no axis for them.
     """
     if not path.endswith("kernel") or "lm_head" in path or path.startswith("auxiliary"):
         return None
-    first = 1 if "layers." in path or "blocks." in path else 0
+    first = 1 if re.search(r"\b(layers|blocks)\.(?!\d)", path) else 0
     if path.endswith("qkv.kernel"):
         output = (first + 1, first + 3) if "blocks." in path else (first + 2,)
         return MuonDimensionNumbers((first,), output)

@@ -33,12 +33,12 @@ class NewModel:
     initializer_range: float = 0.08
     seq_length: int = 2048
     image_size: int = 96
-    patch_size: int = 8
+    patch_size: int = 12
     vision_width: int = 96
-    vision_layers: int = 3
+    vision_layers: int = 4
     vision_heads: int = 4
     vision_mlp_ratio: float = 4.0
-    n_queries: int = 36
+    n_queries: int = 64
     # Resampler queries begin at their own part of the picture; see `auxiliary.start_local`.
     start_local: bool = True
 
@@ -71,6 +71,7 @@ class NewModel:
 class AuxiliaryRecipe:
     """The head that names what covers each cell of a picture; its weight falls to `floor` at `until` of the run."""
 
+    alone_steps: int = 0  # the first steps train the vision tower by this head alone, in place of CLIP's weights
     weight: float = 1.0
     floor: float = 0.3
     until: float = 0.5

@@ -104,6 +104,9 @@ def train(recipe: Recipe) -> Path:
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
     train_step = make_train_step(rebuild, optimizer, auxiliary_schedule(recipe), remat=recipe.remat)
     step = jax.jit(train_step, donate_argnums=0)
+    alone = 0 if recipe.auxiliary is None else recipe.auxiliary.alone_steps
+    vision_step = make_train_step(rebuild, optimizer, auxiliary_schedule(recipe), vision_only=True)
+    vision_step = jax.jit(vision_step, donate_argnums=0)
     evaluation_step = jax.jit(make_evaluation_step(rebuild))
 
     rows = SceneRows(recipe.data, str(vocabulary), config, recipe.steps, recipe.batch_size)
@@ -125,7 +128,7 @@ def train(recipe: Recipe) -> Path:
             began = time.perf_counter()
             batch = device_batch(next(data))
             waited += time.perf_counter() - began
-            state, step_metrics = step(state, batch)
+            state, step_metrics = (vision_step if number <= alone else step)(state, batch)
             metrics.append(step_metrics)
             if number % recipe.log_every == 0 or number == recipe.steps:
                 values = {k: float(np.mean([float(m[k]) for m in metrics])) for k in metrics[0]}

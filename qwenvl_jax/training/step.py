@@ -95,15 +95,37 @@ def make_evaluation_step(rebuild):
     return evaluation_step
 
 
-def make_train_step(rebuild, optimizer: optax.GradientTransformation, auxiliary_schedule, *, remat: bool = False):
-    """(state, batch) -> (state, metrics of float32 scalars); jit it with the state donated."""
+def vision_loss(modules, batch: dict[str, jax.Array]):
+    """The auxiliary loss alone: what the vision tower learns before the language model joins."""
+    labels = {name.removeprefix("cell/"): value for name, value in batch.items() if name.startswith("cell/")}
+    loss = cell_loss(modules["auxiliary"](modules["model"].encode_images(batch["pixels"])), labels)
+    return loss, {"loss": loss, "auxiliary_loss": loss, "target_tokens": jnp.zeros(())}
+
+
+def make_train_step(
+    rebuild,
+    optimizer: optax.GradientTransformation,
+    auxiliary_schedule,
+    *,
+    remat: bool = False,
+    vision_only: bool = False,
+):
+    """(state, batch) -> (state, metrics of float32 scalars); jit it with the state donated.
+
+    `vision_only` trains the vision tower by the auxiliary head alone; all other parameters stay as they are.
+    """
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
         def loss_of(params):
+            if vision_only:
+                return vision_loss(rebuild(params), batch)
             return forward_loss(rebuild(params), batch, auxiliary_schedule(state.step), remat=remat)
 
         grads, metrics = jax.grad(loss_of, has_aux=True)(state.params)
         updates, memory = optimizer.update(grads, state.optimizer, state.params)
+        if vision_only:  # not even weight decay for the rest
+            moving = ("model.visual.", "auxiliary.")
+            updates = {k: u if k.startswith(moving) else jnp.zeros_like(u) for k, u in updates.items()}
         metrics["gradient_norm"] = optax.global_norm(grads)
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), memory), metrics
 

@@ -26,7 +26,14 @@ ROOT = Path(__file__).parents[2]
 
 def small(output: Path) -> Recipe:
     model = NewModel(
-        layers=1, intermediate_size=64, image_size=32, vision_width=32, vision_layers=1, vision_heads=2, n_queries=4
+        layers=1,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
+        vision_width=32,
+        vision_layers=1,
+        vision_heads=2,
+        n_queries=4,
     )
     data = SceneRecipe(
         row=RowShape(prefix=32, blocks=2, block=64, targets=64),
@@ -38,7 +45,7 @@ def small(output: Path) -> Recipe:
         new_model=model,
         data=data,
         optimizer=OptimizerRecipe(name="muon", learning_rate=0.01, warmup_steps=1),
-        auxiliary=AuxiliaryRecipe(),
+        auxiliary=AuxiliaryRecipe(alone_steps=1),
         steps=6,
         batch_size=2,
         log_every=1,
