@@ -53,7 +53,7 @@ def test_all_directions_of_a_matrix_move_alike(updates, name):
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_rest_moves_by_adam(updates, name):
     sizes = np.abs(np.asarray(updates[name]))  # Adam's first step has one size, whatever the gradient's
-    np.testing.assert_allclose(np.quantile(sizes, [0.1, 0.9]), sizes.max(), rtol=2e-3)  # epsilon dampens the smallest
+    np.testing.assert_allclose(np.median(sizes), sizes.max(), rtol=1e-3)  # epsilon dampens the smallest
 
 
 def test_schedules_warm_up_and_end_where_they_should():
