@@ -44,7 +44,7 @@ def start(k: jax.Array, v: jax.Array, recent: int) -> LayerCache:
 
 
 def cached_mask(past: jax.Array, slots: int, recent: jax.Array, recent_slots: int) -> jax.Array:
-    """bool [B, 1, S + R], where a new token may look: the first `past` (int [B]) of S slots, recent ones to `recent`."""
+    """bool [B, 1, S + R], where a new token may look: the first `past` (int [B]) slots, recent ones up to `recent`."""
     old = jnp.arange(slots) < past[:, None]
     new = jnp.broadcast_to(jnp.arange(recent_slots) <= recent, (past.shape[0], recent_slots))
     return jnp.concatenate([old, new], axis=1)[:, None, :]
