@@ -325,7 +325,8 @@ def _groups(lengths: Sequence[int]) -> list[list[int]]:
 
 def _keep_compiled_programs() -> None:
     """Lets JAX keep compiled programs on disk between runs, unless the user has said where or that it should not."""
-    if jax.config.jax_compilation_cache_dir is not None or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # set when jax is imported
+    if chosen is not None or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     jax.config.update("jax_compilation_cache_dir", str(Path(base) / "qwenvl-jax" / "compiled"))

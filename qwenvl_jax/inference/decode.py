@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwenvl_jax.config import UserError
-from qwenvl_jax.inference.sampling import Controls, sample
+from qwenvl_jax.inference.sampling import Array, Controls, sample
 from qwenvl_jax.models.qwen_vl import QwenVL, frequencies, unstack
 from qwenvl_jax.nn import cache as kv_cache
 from qwenvl_jax.nn.attention import causal_mask
@@ -64,8 +64,8 @@ class Fixed(NamedTuple):
 
     controls: Controls
     in_prompt: jax.Array  # bool [B, V], tokens of the prompt
-    frequencies: jax.Array  # float32 [B, R / 2] with R rotated dimensions
-    shift: jax.Array  # int32 [B], position of the first prompt token; 0 but for comparisons with left-padded batches
+    frequencies: Array  # float32 [B, R / 2] with R rotated dimensions
+    shift: Array  # int32 [B], position of the first prompt token; 0 but for comparisons with left-padded batches
 
 
 class Batch(NamedTuple):
@@ -267,7 +267,7 @@ def _decode(model: QwenVL, past: Past, fixed: Fixed, lengths, used, end, stopped
         at, state = carry
         mask = kv_cache.cached_mask(lengths, slots, at, CHUNK)
         positions = (fixed.shift + lengths + at)[:, None]
-        context = model.context(mask, positions, fixed.frequencies, cache_slot=at)
+        context = model.context(mask, positions, jnp.asarray(fixed.frequencies), cache_slot=at)
         layers = zip(past.k, past.v, state.recent_k, state.recent_v, strict=True)
         caches = [kv_cache.LayerCache(*layer) for layer in layers]
         hidden, caches = model(model.embed(state.last[:, None]), context, caches)

@@ -5,16 +5,20 @@ Which prompts share a batch, and what a reply looks like to a user, is the calle
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import jax
 import numpy as np
 
-from qwenvl_jax.inference.decode import CHUNK, Generator, length_bucket
+from qwenvl_jax.inference.decode import CHUNK, Batch, Generator, State, length_bucket
 from qwenvl_jax.inference.sampling import SamplingOptions, controls
 from qwenvl_jax.inference.text import TextStream
 from qwenvl_jax.processing.template import Prompt
 
 STEPS_BETWEEN_CHECKS = 8  # tokens between two looks for stop strings; what comes after one is lost work
+
+
+FinishReason = Literal["stop", "length"]
 
 
 class Generation:
@@ -36,17 +40,18 @@ class Generation:
     ):
         self._generator = generator
         self._controls = controls(options, stop_ids, generator.config.vocab_size)
-        self._batch = generator.batch(prompts, room=1)
-        room = generator.config.max_position_embeddings - self._batch.lengths[: len(prompts)]
-        self._controls.max_new_tokens[:] = np.minimum(self._controls.max_new_tokens, room)
+        batch = generator.batch(prompts, room=1)
+        room = generator.config.max_position_embeddings - batch.lengths[: len(prompts)]
+        self._controls = self._controls._replace(max_new_tokens=np.minimum(self._controls.max_new_tokens, room))
+        self._batch: Batch | None = batch  # until it is read
         self._start = shift, rotary
-        self._state = None
-        self._lengths = self._batch.lengths.copy()  # filled slots of the past
+        self._state: State | None = None
+        self._lengths = batch.lengths.copy()  # filled slots of the past
         self._used = 0  # filled slots of the recent part
         self._stopped = np.zeros(len(self._lengths), bool)  # replies that the caller has ended
         self._done = np.zeros(len(prompts), bool)
         self.generated = np.zeros(len(prompts), np.int32)  # tokens of each reply so far, a stop token included
-        self.finish_reasons = ["length"] * len(prompts)  # or "stop"; final when the reply is done
+        self.finish_reasons: list[FinishReason] = ["length"] * len(prompts)  # final when the reply is done
 
     @property
     def finished(self) -> bool:
@@ -55,7 +60,8 @@ class Generation:
 
     @property
     def logits(self) -> np.ndarray:
-        """float32 [B, V]: what the newest token of each reply was chosen from."""
+        """float32 [B, V]: what the newest token of each reply was chosen from; none before the first `advance`."""
+        assert self._state is not None
         return np.asarray(self._state.logits)[: len(self._done)]
 
     def stop(self, row: int) -> None:
@@ -65,18 +71,19 @@ class Generation:
 
     def advance(self, steps: int = CHUNK) -> list[list[int]]:
         """The next tokens of each reply, at most `steps` (the first call: one), without the stop token at its end."""
-        if self._state is None:
+        if self._batch is not None:
             self._past, self._state, self._fixed = self._generator.prefill(self._batch, self._controls, *self._start)
             self._batch = None
-            tokens, generated, done = self._fetch(self._state.last[:, None])
+            tokens, generated, done = self._fetch(self._state, self._state.last[:, None])
         else:
+            assert self._state is not None
             if self._used == CHUNK:
-                self._flush()
+                self._flush(self._state)
             steps = min(steps, CHUNK - self._used)
             self._state = self._generator.decode(
                 self._past, self._state, self._fixed, self._lengths, self._used, steps, self._stopped
             )
-            tokens, generated, done = self._fetch(self._state.tokens)
+            tokens, generated, done = self._fetch(self._state, self._state.tokens)
             tokens = tokens[:, self._used :]
             # Some reply has grown at every step, or the steps would have ended.
             self._used += int(np.max(generated - self.generated))
@@ -88,15 +95,16 @@ class Generation:
         self.generated, self._done = generated, done | self._stopped[: len(done)]
         return new
 
-    def _fetch(self, tokens: jax.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _fetch(self, state: State, tokens: jax.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """tokens [rows, ...], generated [rows] and done [rows] on the host, without the rows that fill the bucket."""
-        values = jax.device_get((tokens, self._state.generated, self._state.done))
-        return tuple(value[: len(self._done)] for value in values)
+        values = jax.device_get((tokens, state.generated, state.done))
+        tokens, generated, done = (value[: len(self._done)] for value in values)
+        return tokens, generated, done
 
-    def _flush(self) -> None:
+    def _flush(self, state: State) -> None:
         longest = np.max(self._lengths[: len(self._done)][~self._done])
         slots = max(self._past.k[0].shape[2], length_bucket(longest + CHUNK))
-        self._past = self._generator.flush(self._past, self._state, self._lengths, slots)
+        self._past = self._generator.flush(self._past, state, self._lengths, slots)
         self._lengths = self._lengths + np.int32(CHUNK)
         self._used = 0
 

@@ -112,20 +112,23 @@ def _integers(name: str, values: Any) -> tuple[int, ...]:
     return tuple(int(value) for value in values)
 
 
+Array = jax.Array | np.ndarray  # inputs of compiled programs, made on the host
+
+
 class Controls(NamedTuple):
     """The options of a batch as arrays, so that no option is a reason to compile. Shapes [B] unless noted."""
 
-    temperature: jax.Array
-    top_p: jax.Array
-    top_k: jax.Array
-    min_p: jax.Array
-    repetition_penalty: jax.Array
-    presence_penalty: jax.Array
-    frequency_penalty: jax.Array
-    key: jax.Array  # uint32 [B, 2], data of a Threefry key
-    min_new_tokens: jax.Array
-    max_new_tokens: jax.Array
-    stops: jax.Array  # bool [B, V], tokens that end a reply
+    temperature: Array
+    top_p: Array
+    top_k: Array
+    min_p: Array
+    repetition_penalty: Array
+    presence_penalty: Array
+    frequency_penalty: Array
+    key: Array  # uint32 [B, 2], data of a Threefry key
+    min_new_tokens: Array
+    max_new_tokens: Array
+    stops: Array  # bool [B, V], tokens that end a reply
 
 
 def controls(options: Sequence[SamplingOptions], stop_ids: Sequence[int], vocab_size: int) -> Controls:
@@ -207,7 +210,7 @@ def candidates(logits: jax.Array, options: Controls) -> jax.Array:
     return jnp.where(logits < least, -jnp.inf, logits)
 
 
-def _keep_heaviest(logits: jax.Array, weights: jax.Array, wanted: jax.Array) -> jax.Array:
+def _keep_heaviest(logits: jax.Array, weights: jax.Array, wanted: Array) -> jax.Array:
     """-inf for all but the largest logits [B, V] of each row whose weights [B, V] just reach `wanted` [B].
 
     The threshold is found bit by bit from the top: 32 sums, where sorting a large vocabulary takes far longer.
