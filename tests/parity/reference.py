@@ -266,7 +266,9 @@ def random_inputs(config: QwenVLConfig, seed: int = 1) -> Inputs:
     valid = np.ones(ids.shape, bool)
     valid[1, :2] = False
     valid[2, -3:] = False
-    keep = valid & (slots < 0) & (generator.random(ids.shape) < 0.8)
+    # What padding would predict has no meaning: a query that may look nowhere gets some average, on either side.
+    after_text = np.pad(valid[:, :-1], ((0, 0), (1, 0)))
+    keep = valid & after_text & (slots < 0) & (generator.random(ids.shape) < 0.8)
     size = config.visual.image_size
     pixels = generator.standard_normal((2, 3, size, size)).astype(np.float32)
     return Inputs(ids, slots, valid, np.where(keep, ids, -100).astype(np.int32), pixels)
