@@ -4,7 +4,6 @@ import dataclasses
 import importlib.resources
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -63,7 +62,7 @@ def auxiliary_schedule(recipe: Recipe):
 
 
 class Checkpoints:
-    """Orbax checkpoints of a run: parameters, optimizer and data state apart, so that each can be read alone."""
+    """Orbax checkpoints of a run: parameters and optimizer apart, so that the first can be read alone."""
 
     def __init__(self, folder: Path, keep: int):
         self.checkpointer = ocp.training.Checkpointer(
@@ -74,15 +73,15 @@ class Checkpoints:
     def latest(self) -> int | None:
         return None if self.checkpointer.latest is None else self.checkpointer.latest.step
 
-    def save(self, step: int, state: TrainState, data: Iterator) -> None:
-        parts = {"params": state.params, "optimizer": {"memory": state.optimizer, "step": state.step}, "data": data}
+    def save(self, step: int, state: TrainState) -> None:
+        parts = {"params": state.params, "optimizer": {"memory": state.optimizer, "step": state.step}}
         self.checkpointer.save_checkpointables_async(step, parts, force=True)
 
-    def load(self, state: TrainState, data: Iterator) -> TrainState:
-        """The newest state, into the shapes and shardings of `state`; `data` is moved on in place."""
+    def load(self, state: TrainState) -> TrainState:
+        """The newest state, into the shapes and shardings of `state`."""
         parts = {"params": state.params, "optimizer": {"memory": state.optimizer, "step": state.step}}
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), parts)
-        loaded = self.checkpointer.load_checkpointables(self.latest, shapes | {"data": data})
+        loaded = self.checkpointer.load_checkpointables(self.latest, shapes)
         return TrainState(loaded["optimizer"]["step"], loaded["params"], loaded["optimizer"]["memory"])
 
     def close(self) -> None:
@@ -114,12 +113,12 @@ def train(recipe: Recipe) -> Path:
     validation = validation_batches(
         SceneRows(validation_recipe, str(vocabulary), config, 1, recipe.batch_size), recipe.evaluate_batches
     )
-    data = batches(rows, workers=recipe.workers, queries=config.visual.n_queries)
     checkpoints = Checkpoints(output / "checkpoints", recipe.keep)
     first = 0
     if checkpoints.latest is not None:
-        state = checkpoints.load(state, data)
+        state = checkpoints.load(state)
         first = int(state.step)
+    data = batches(rows, first=first, workers=recipe.workers)
 
     rate = schedule(recipe.optimizer, recipe.optimizer.learning_rate, recipe.steps)
     with RunLog(output, recipe.steps, first, len(params), sum(p.size for p in params.values())) as log:
@@ -140,7 +139,7 @@ def train(recipe: Recipe) -> Path:
             if number % recipe.evaluate_every == 0 or number == recipe.steps:
                 log.evaluation(number, evaluate(evaluation_step, state.params, validation))
             if number % recipe.save_every == 0 or number == recipe.steps:
-                checkpoints.save(number, state, data)
+                checkpoints.save(number, state)
         checkpoints.close()
     return export(recipe, rebuild(state.params)["model"], output, vocabulary)
 
