@@ -100,7 +100,7 @@ def test_a_killed_run_resumes_where_it_was(undisturbed, tmp_path):
     expected = load_file(undisturbed / "model-6" / "model.safetensors")
     found = load_file(tmp_path / "run" / "model-6" / "model.safetensors")
     assert expected.keys() == found.keys()
-    # A bias on keys shifts all scores of a query alike: its gradient is rounding, which Adam makes as large as any other.
+    # A bias on keys shifts all scores of a query alike: its gradient is rounding, which Adam blows up to full size.
     moved_by_noise = ("in_proj_bias", "in_proj.bias", "c_attn.bias")
     for name in (name for name in expected if not name.endswith(moved_by_noise)):
         np.testing.assert_allclose(found[name], expected[name], atol=1e-4, err_msg=name)
