@@ -125,7 +125,9 @@ def parse_arguments(arguments: Sequence[str]) -> Recipe:
     if not arguments or arguments[0].startswith("-"):
         raise UserError("name a recipe first, for example: python train.py configs/tiny.yaml --steps 100")
     recipe = read_recipe(arguments[0])
-    return tyro.cli(Recipe, args=list(arguments[1:]), default=recipe, prog=f"{sys.argv[0]} {arguments[0]}")
+    program = f"{sys.argv[0]} {arguments[0]}"
+    plain = (tyro.conf.AvoidSubcommands,)  # a part that a recipe has or has not is fields, no command of its own
+    return tyro.cli(Recipe, args=list(arguments[1:]), default=recipe, prog=program, config=plain)
 
 
 def _build(kind: type, raw: Any, where: str):

@@ -56,8 +56,10 @@ def test_a_slip_is_named(tmp_path, text, message):
 
 
 def test_overrides_on_the_command_line():
-    recipe = parse_arguments([str(ROOT / "configs/tiny.yaml"), "--optimizer.learning-rate", "0.5", "--data.seed", "3"])
-    assert (recipe.optimizer.learning_rate, recipe.data.seed) == (0.5, 3)
+    flags = ["--optimizer.learning-rate", "0.5", "--data.seed", "3", "--auxiliary.weight", "4"]
+    recipe = parse_arguments([str(ROOT / "configs/tiny.yaml"), *flags])
+    assert recipe.auxiliary is not None
+    assert (recipe.optimizer.learning_rate, recipe.data.seed, recipe.auxiliary.weight) == (0.5, 3, 4)
 
 
 @pytest.mark.parametrize(
