@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from qwenvl_jax.checkpoints.huggingface import abstract_model, load_model
@@ -115,7 +115,8 @@ def specs(model, mesh, rules) -> dict:
     return {path: sharding.spec for path, sharding in param_paths(param_shardings(model, mesh, rules)).items()}
 
 
-MESH = AbstractMesh((1, 4, 2), MESH_AXES)
+AUTO = (AxisType.Auto,) * 3  # newer versions of JAX make explicit axes by default
+MESH = AbstractMesh((1, 4, 2), MESH_AXES, axis_types=AUTO)
 
 
 def test_a_dimension_that_does_not_divide_is_split_less():
@@ -156,7 +157,8 @@ def test_presets_shard_a_full_size_model_without_collision(preset):
             "visual": visual | {"width": 1664},
         }
     )
-    mesh = AbstractMesh({"single": (1, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8)}.get(preset, (1, 4, 2)), MESH_AXES)
+    sizes = {"single": (1, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8)}.get(preset, (1, 4, 2))
+    mesh = AbstractMesh(sizes, MESH_AXES, axis_types=AUTO)
     model = abstract_model(config, stacked=True)
     shardings = param_paths(param_shardings(model, mesh, preset_rules(preset)))
     largest = sum(np.prod(shardings[path].shard_shape(leaf.shape)) for path, leaf in param_paths(model).items())
