@@ -216,7 +216,8 @@ def measure(options: Options) -> dict:
         return reply
 
     sides = {"qwenvl_jax": our_reply}
-    sides |= {f"transformers, {threads} threads": with_threads(threads) for threads in options.torch_threads}
+    for threads in options.torch_threads:
+        sides[f"transformers, {threads} thread{'s' * (threads > 1)}"] = with_threads(threads)
     first, per_token = in_turns(sides, options)
     best = min((name for name in sides if name != "qwenvl_jax"), key=lambda name: statistics.median(per_token[name]))
     read = bytes_per_token(config, sizes, prompt_tokens + options.tokens / 2)
