@@ -265,7 +265,7 @@ def show(result: dict, console: Console) -> None:
         first = 1e3 * statistics.median(result["seconds_to_first_token"][name])
         table.add_row(name, f"{1e3 * median:.3f}", spread, f"{1 / median:,.0f}", f"{first:.1f}")
     limit = result["limit_seconds_per_token"]
-    table.add_row("memory bandwidth alone", f"{1e3 * limit:.3f}", "", f"{1 / limit:,.0f}", "")
+    table.add_row("reading the weights alone", f"{1e3 * limit:.3f}", "", f"{1 / limit:,.0f}", "")
     console.print(table)
     pairs, here = result["times_as_fast_by_repetition"], result["machine"]
     megabytes, gigabytes = result["bytes_read_per_token"] / 1e6, result["bytes_per_second"] / 1e9
