@@ -30,14 +30,14 @@ KIND_WEIGHTS = {
     "color": 1.0,
     "shape": 1.0,
     "size": 0.5,
-    "count": 1.5,
-    "relation": 2.0,
+    "count": 2.5,
+    "relation": 1.5,
     "relation_yesno": 0.3,
     "exist": 1.0,
     "read": 1.5,
-    "caption": 0.8,
-    "ground": 2.0,
-    "inside": 1.5,
+    "caption": 1.5,
+    "ground": 2.5,
+    "inside": 1.2,
 }
 ONCE_PER_PICTURE = ("read", "caption")  # asking twice would only repeat the answer
 CLEAR_DISTANCE = 0.15  # of the picture's width or height, between two centres

@@ -230,21 +230,43 @@ def _sample_count(rng: np.random.Generator, split: str, max_objects: int) -> int
 
 
 def _sample_pairs(rng: np.random.Generator, split: str, count: int) -> list[tuple[str, str]]:
-    """(colour, shape) of each object. Half of the scenes draw from few colours or few shapes, so that counts vary."""
-    colors, shapes = COLORS, SHAPES
+    """(colour, shape) of each object.
+
+    Most scenes draw from few colours or few shapes, or have one object that differs from all others in one of the two,
+    so that every number is an answer: five of six red, say, though no training scene has five objects.
+    """
+    colors: list[tuple[str, ...]] = [COLORS] * count
+    shapes: list[tuple[str, ...]] = [SHAPES] * count
     kind = rng.random()
-    if kind < 0.35:
-        colors = [COLORS[i] for i in rng.permutation(len(COLORS))[: int(rng.integers(2, 4))]]
-    if kind < 0.15 or 0.35 <= kind < 0.55:
-        shapes = [SHAPES[i] for i in rng.permutation(len(SHAPES))[: int(rng.integers(2, 4))]]
+    if kind < 0.30:
+        colors = [_some(rng, COLORS, int(rng.integers(2, 4)))] * count
+    if kind < 0.12 or 0.30 <= kind < 0.45:
+        shapes = [_some(rng, SHAPES, int(rng.integers(2, 4)))] * count
+    elif 0.45 <= kind < 0.575:
+        colors = _all_but_one(rng, COLORS, count)
+    elif 0.575 <= kind < 0.70:
+        shapes = _all_but_one(rng, SHAPES, count)
     pairs: list[tuple[str, str]] = []
     while len(pairs) < count:
-        pair = (colors[int(rng.integers(len(colors)))], shapes[int(rng.integers(len(shapes)))])
+        among_colors, among_shapes = colors[len(pairs)], shapes[len(pairs)]
+        pair = among_colors[int(rng.integers(len(among_colors)))], among_shapes[int(rng.integers(len(among_shapes)))]
         if pair not in HELD_OUT_PAIRS:
             pairs.append(pair)
     if split == "test" and rng.random() < TEST_SHARE_PAIRS:
         pairs[int(rng.integers(count))] = HELD_OUT_PAIRS[int(rng.integers(len(HELD_OUT_PAIRS)))]
     return pairs
+
+
+def _some(rng: np.random.Generator, values: tuple[str, ...], n: int) -> tuple[str, ...]:
+    """`n` different ones of the values."""
+    return tuple(values[i] for i in rng.permutation(len(values))[:n])
+
+
+def _all_but_one(rng: np.random.Generator, values: tuple[str, ...], count: int) -> list[tuple[str, ...]]:
+    """For each object what it may be: the same one value for all, another one for one of them."""
+    common, other = _some(rng, values, 2)
+    odd = int(rng.integers(count))
+    return [(other,) if i == odd else (common,) for i in range(count)]
 
 
 def _sample_text(rng: np.random.Generator, split: str) -> str:
@@ -274,7 +296,8 @@ def _place_text(rng: np.random.Generator, text: str, width: int, height: int, rg
     low, high = (share * height for share in LETTER_HEIGHTS)
     size = min(low + (high - low) * rng.random(), 0.92 * width / extent)
     left = 2 + (width - 4 - extent * size) * rng.random()
-    top = 3 + (height - 6 - 1.05 * size) * rng.random()
+    below = max(0.025, *(y2 for *_, y2 in metrics))  # J and Q reach below the line
+    top = 3 + (height - 6 - (1.025 + below) * size) * rng.random()
     baseline = top + 1.025 * size
     boxes = tuple(
         (left + (start + x1) * size, baseline + y1 * size, left + (start + x2) * size, baseline + y2 * size)

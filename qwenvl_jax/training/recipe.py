@@ -122,12 +122,14 @@ def read_recipe(path: str | Path) -> Recipe:
 
 def parse_arguments(arguments: Sequence[str]) -> Recipe:
     """The recipe of a command line: a YAML file, then overrides such as `--data.seed 1`. A wrong flag exits with 2."""
-    if not arguments or arguments[0].startswith("-"):
+    asks_help = arguments[:1] in (["-h"], ["--help"])
+    if not asks_help and (not arguments or arguments[0].startswith("-")):
         raise UserError("name a recipe first, for example: python train.py configs/tiny.yaml --steps 100")
-    recipe = read_recipe(arguments[0])
-    program = f"{sys.argv[0]} {arguments[0]}"
+    recipe = Recipe() if asks_help else read_recipe(arguments[0])
+    program = f"{Path(sys.argv[0]).name} {'RECIPE.yaml' if asks_help else arguments[0]}"
+    flags = list(arguments if asks_help else arguments[1:])
     plain = (tyro.conf.AvoidSubcommands,)  # a part that a recipe has or has not is fields, no command of its own
-    return tyro.cli(Recipe, args=list(arguments[1:]), default=recipe, prog=program, config=plain)
+    return tyro.cli(Recipe, args=flags, default=recipe, prog=program, config=plain)
 
 
 def _build(kind: type, raw: Any, where: str):

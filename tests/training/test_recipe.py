@@ -75,3 +75,9 @@ def test_a_mistyped_command_exits_with_2_and_no_traceback(arguments, expected):
     assert done.returncode == 2
     assert expected in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_help_needs_no_recipe():
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "--optimizer.learning-rate" in done.stdout
