@@ -9,9 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from qwenvl_jax.checkpoints.huggingface import load_model
 from qwenvl_jax.config import UserError
@@ -66,10 +64,15 @@ if __name__ == "__main__":
 """
 
 
-def train_until_killed(output: Path, checkpoint: int, script: Path) -> None:
-    """Starts the run in a process of its own and kills it (SIGKILL) once it has saved `checkpoint`."""
+def start(output: Path, script: Path) -> subprocess.Popen:
+    """The run in a process of its own, as users run it; the eight devices of this one share its threads out otherwise."""
     script.write_text(RUN.format(folder=str(Path(__file__).parent)))
-    process = subprocess.Popen([sys.executable, str(script), str(output)], cwd=ROOT, start_new_session=True)
+    return subprocess.Popen([sys.executable, str(script), str(output)], cwd=ROOT, start_new_session=True)
+
+
+def train_until_killed(output: Path, checkpoint: int, script: Path) -> None:
+    """Starts the run and kills it (SIGKILL) once it has saved `checkpoint`."""
+    process = start(output, script)
     saved = output / "checkpoints" / str(checkpoint) / "_CHECKPOINT_METADATA"
     deadline = time.monotonic() + 240
     while not saved.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -79,35 +82,28 @@ def train_until_killed(output: Path, checkpoint: int, script: Path) -> None:
     assert saved.exists()
 
 
-def logged(output: Path) -> list[tuple[int, float, float]]:
-    """(step, trained tokens, loss) of each logged step."""
+def logged(output: Path) -> list[dict]:
+    """The logged values of each step, without times."""
     rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return [(row["step"], row["target_tokens"], row["loss"]) for row in rows if row["kind"] == "train"]
+    times = ("seconds_per_step", "target_tokens_per_second", "data_wait")
+    return [{k: v for k, v in row.items() if k not in times} for row in rows if row["kind"] == "train"]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("undisturbed")
-    train(small(output))
-    return output
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert start(folder / "run", folder / "script.py").wait() == 0
+    return folder / "run"
 
 
-def test_a_killed_run_resumes_where_it_was(undisturbed, tmp_path):
-    """The same batches in the same order, and the same numbers but for the order in which threads add them up."""
-    train_until_killed(tmp_path / "run", 2, tmp_path / "script.py")
-    assert not (tmp_path / "run" / "model-6").exists()
-    train(small(tmp_path / "run"))
-    expected = load_file(undisturbed / "model-6" / "model.safetensors")
-    found = load_file(tmp_path / "run" / "model-6" / "model.safetensors")
-    assert expected.keys() == found.keys()
-    # A bias on keys shifts all scores of a query alike: its gradient is rounding, which Adam blows up to full size.
-    moved_by_noise = ("in_proj_bias", "in_proj.bias", "c_attn.bias")
-    for name in (name for name in expected if not name.endswith(moved_by_noise)):
-        np.testing.assert_allclose(found[name], expected[name], atol=1e-4, err_msg=name)
-    assert [row[:2] for row in logged(tmp_path / "run")] == [row[:2] for row in logged(undisturbed)]
-    np.testing.assert_allclose(
-        [row[2] for row in logged(tmp_path / "run")], [row[2] for row in logged(undisturbed)], rtol=1e-5
-    )
+def test_a_killed_run_resumes_bit_for_bit(undisturbed, tmp_path):
+    run = tmp_path / "run"
+    train_until_killed(run, 2, tmp_path / "script.py")
+    assert not (run / "model-6").exists()
+    assert start(run, tmp_path / "script.py").wait() == 0
+    weights = Path("model-6") / "model.safetensors"
+    assert (run / weights).read_bytes() == (undisturbed / weights).read_bytes()
+    assert logged(run) == logged(undisturbed)
 
 
 def test_the_export_loads_and_the_run_leaves_its_record(undisturbed):
@@ -115,11 +111,11 @@ def test_the_export_loads_and_the_run_leaves_its_record(undisturbed):
     assert model.config.hidden_size == 128
     assert {path.name for path in undisturbed.iterdir()} >= {"recipe.yaml", "log.jsonl", "curve.png", "tensorboard"}
     assert (undisturbed / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert [step for step, _, _ in logged(undisturbed)] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in logged(undisturbed)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_loss_falls(undisturbed):
-    losses = [loss for _, _, loss in logged(undisturbed)]
+    losses = [row["loss"] for row in logged(undisturbed)]
     assert losses[-1] < losses[1] - 0.5  # the first step is the vision tower's alone
 
 
