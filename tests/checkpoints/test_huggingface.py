@@ -1,11 +1,8 @@
-"""Loading and saving Hugging Face folders: the fixtures bit by bit, what is refused and how it is said, and memory."""
+"""Loading Hugging Face folders: the fixtures bit by bit, and what is refused and how it is said."""
 
 import json
-import math
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -13,38 +10,17 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from weights import assert_same, bits, folder_tensors
 
-from qwenvl_jax.checkpoints.folder import small_files
 from qwenvl_jax.checkpoints.huggingface import abstract_model, checkpoint_tensors, load_model, save_model
-from qwenvl_jax.checkpoints.tensor_files import FolderTensors
 from qwenvl_jax.config import QwenVLConfig, UserError
 from qwenvl_jax.models.qwen_vl import unstack
 from qwenvl_jax.sharding import make_mesh, param_paths, preset_rules
 
 BIN, SAFETENSORS = "qwen-vl-chat-tiny", "qwen-vl-chat-tiny-safetensors"
 INDEX = "model.safetensors.index.json"
-
-
-def bits(array) -> np.ndarray:
-    array = np.ascontiguousarray(np.asarray(array))
-    return array.view(f"u{array.itemsize}")
-
-
-def assert_same(model, other):
-    """The same parameters, types and bits."""
-    left, right = param_paths(model), param_paths(other)
-    assert list(left) == list(right)
-    for path, leaf in left.items():
-        assert leaf.dtype == right[path].dtype, path
-        np.testing.assert_array_equal(bits(leaf), bits(right[path]), err_msg=path)
-
-
-def folder_tensors(folder: Path) -> dict[str, np.ndarray]:
-    files = FolderTensors(folder)
-    return {name: files.read(name) for name in files.names()}
 
 
 @pytest.fixture
@@ -60,9 +36,6 @@ def change_shard(folder: Path, shard: int, change) -> None:
     values = load_file(path)
     change(values)
     save_file(values, path, metadata={"format": "pt"})
-
-
-# Loading
 
 
 def test_bin_and_safetensors_give_the_same_bits(fixtures):
@@ -289,187 +262,3 @@ def test_float16_that_cannot_hold_a_value_is_refused(copy):
     load_model(copy, dtype="float32")
     with pytest.raises(UserError, match="dtype 'int4' is not one of float32, bfloat16, float16"):
         load_model(copy, dtype="int4")
-
-
-# Saving
-
-
-@pytest.mark.parametrize("stacked", [True, False])
-@pytest.mark.parametrize("name", [BIN, SAFETENSORS])
-def test_saving_gives_back_the_same_tensors_and_files(fixtures, tmp_path, name, stacked):
-    source = fixtures / name
-    save_model(load_model(source, stacked=stacked), tmp_path / "saved", **small_files(source), shard_bytes=800_000)
-    before, after = folder_tensors(source), folder_tensors(tmp_path / "saved")
-    assert before.keys() == after.keys()
-    for tensor, value in before.items():
-        assert after[tensor].dtype == value.dtype
-        assert after[tensor].shape == value.shape
-        np.testing.assert_array_equal(bits(after[tensor]), bits(value), err_msg=tensor)
-    for other in ("generation_config.json", "tokenizer_config.json"):
-        assert json.loads((tmp_path / "saved" / other).read_text()) == json.loads((source / other).read_text())
-    assert (tmp_path / "saved" / "qwen.tiktoken").read_bytes() == (source / "qwen.tiktoken").read_bytes()
-    config, saved = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "saved"))
-    config["visual"]["n_queries"] = 256  # the original's default, which a reader may or may not spell out
-    assert saved == config
-
-
-def test_shards_are_as_large_as_asked_and_the_index_is_complete(fixtures, tmp_path):
-    save_model(load_model(fixtures / BIN), tmp_path / "saved", shard_bytes=500_000)
-    index = json.loads((tmp_path / "saved" / INDEX).read_text())
-    assert (
-        index["metadata"]["total_size"]
-        == json.loads((fixtures / SAFETENSORS / INDEX).read_text())["metadata"]["total_size"]
-    )
-    shards = sorted((tmp_path / "saved").glob("*.safetensors"))
-    assert [path.name for path in shards] == [
-        f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)
-    ]
-    found = {}
-    for shard in shards:
-        with safe_open(shard, framework="np") as file:
-            assert file.metadata() == {"format": "pt"}
-        tensors = load_file(shard)  # the library accepts what our writer wrote
-        assert sum(value.nbytes for value in tensors.values()) <= 500_000
-        found |= dict.fromkeys(tensors, shard.name)
-    assert index["weight_map"] == found
-
-
-def test_extra_keys_of_the_config_survive(copy, tmp_path):
-    raw = json.loads((copy / "config.json").read_text())
-    raw |= {"my_note": {"kept": [1, None, "é"]}, "use_cache": False}
-    raw["visual"]["my_flag"] = True
-    (copy / "config.json").write_text(json.dumps(raw))
-    save_model(load_model(copy), tmp_path / "saved")
-    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert saved["my_note"] == raw["my_note"]
-    assert saved["use_cache"] is False
-    assert saved["visual"]["my_flag"] is True
-
-
-def test_a_sharded_model_of_another_type_is_saved_whole(fixtures, tmp_path):
-    model = load_model(fixtures / BIN, dtype="float32", mesh=make_mesh("fsdp_tensor"), stacked=True)
-    save_model(model, tmp_path / "saved")
-    assert [path.name for path in (tmp_path / "saved").iterdir() if "safetensors" in path.name] == ["model.safetensors"]
-    assert_same(load_model(tmp_path / "saved"), load_model(fixtures / BIN, dtype="float32"))
-    assert json.loads((tmp_path / "saved" / "config.json").read_text())["torch_dtype"] == "float32"
-
-
-def test_nothing_is_overwritten(fixtures, tmp_path):
-    model = load_model(fixtures / BIN)
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "notes.txt").write_text("mine")
-    (tmp_path / "file").write_text("mine")
-    for name in ("taken", "file"):
-        with pytest.raises(UserError, match="exists and is not empty"):
-            save_model(model, tmp_path / name)
-    assert (tmp_path / "taken" / "notes.txt").read_text() == "mine"
-    (tmp_path / "empty").mkdir()
-    save_model(model, tmp_path / "empty")
-    load_model(tmp_path / "empty")
-
-
-def test_parameters_without_a_place_are_not_dropped_silently(fixtures, tmp_path):
-    model = load_model(fixtures / BIN)
-    model.layers[1].up.lora_a = nnx.Param(jnp.zeros((2, 2)))
-    with pytest.raises(UserError, match=r"no place for: layers\.up\.lora_a of layer 1"):
-        save_model(model, tmp_path / "saved")
-    assert not (tmp_path / "saved").exists()
-
-
-def test_a_failure_half_way_leaves_nothing(fixtures, tmp_path):
-    model = load_model(fixtures / BIN)
-    with pytest.raises(UserError, match="cannot be written"):
-        save_model(model, tmp_path / "saved", tokenizer_file=tmp_path / "absent.tiktoken")
-    assert list(tmp_path.iterdir()) == []
-
-
-KILLED = """
-import sys, os, signal
-from pathlib import Path
-import numpy as np
-from qwenvl_jax.checkpoints.huggingface import load_model, save_model
-from qwenvl_jax.checkpoints.qwen_vl import Tensor
-model = load_model(sys.argv[1])
-left = 40
-convert = Tensor.from_parameter
-def counted(tensor, value):
-    global left
-    left -= 1
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return convert(tensor, value)
-Tensor.from_parameter = counted
-save_model(model, sys.argv[2], shard_bytes=300_000)
-"""
-
-
-def test_a_kill_half_way_leaves_no_checkpoint(fixtures, tmp_path):
-    """Killed at the fortieth of 69 tensors, when some shards are whole."""
-    done = subprocess.run([sys.executable, "-c", KILLED, str(fixtures / BIN), str(tmp_path / "saved")], timeout=120)
-    assert done.returncode == -9
-    (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".saved.partial-")
-    assert list(left.glob("*.safetensors"))
-    for folder in (left, tmp_path / "saved"):
-        with pytest.raises(UserError):
-            load_model(folder)
-    save_model(load_model(fixtures / BIN), tmp_path / "saved")
-    load_model(tmp_path / "saved")
-
-
-# Memory
-
-
-def zeros_checkpoint(folder: Path) -> tuple[int, int]:
-    """A checkpoint of zeros that takes no room on the disk; the bytes of the model and of the largest tensor."""
-    raw = {
-        "vocab_size": 12000,
-        "hidden_size": 1024,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "intermediate_size": 8192,
-        "visual": {
-            "heads": 2,
-            "image_size": 56,
-            "image_start_id": 100,
-            "layers": 2,
-            "mlp_ratio": 2.0,
-            "n_queries": 16,
-            "output_dim": 1024,
-            "patch_size": 14,
-            "width": 64,
-        },
-    }
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(raw))
-    header, position, largest = {}, 0, 0
-    for tensor in checkpoint_tensors(QwenVLConfig.from_hf(raw)):
-        size = 2 * math.prod(tensor.shape)
-        header[tensor.name] = {"dtype": "BF16", "shape": tensor.shape, "data_offsets": [position, position + size]}
-        position, largest = position + size, max(largest, size)
-    encoded = json.dumps(header).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        file.truncate(8 + len(encoded) + position)
-    return position, largest
-
-
-@pytest.mark.parametrize(("form", "dtype"), [("stacked", "bfloat16"), ("list", "float32")])
-def test_memory_is_the_model_and_the_largest_tensor(tmp_path, form, dtype):
-    size, largest = zeros_checkpoint(tmp_path / "zeros")
-    if dtype == "float32":
-        size, largest = 2 * size, 2 * largest
-    script = Path(__file__).with_name("loading_memory.py")
-    # The C library gives freed blocks above this size back at once, so that the process is as large as what it holds.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, script, tmp_path / "zeros", form, dtype],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    measured = json.loads(done.stdout)
-    assert measured["model"] == size
-    assert size * 0.9 < measured["took"] < size + largest + 20e6  # the last for what loading imports and compiles

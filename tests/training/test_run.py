@@ -65,7 +65,7 @@ if __name__ == "__main__":
 
 
 def start(output: Path, script: Path) -> subprocess.Popen:
-    """The run in a process of its own, as users run it; the eight devices of this one share its threads out otherwise."""
+    """The run in a process of its own, as users run it; the eight devices of this one share threads otherwise."""
     script.write_text(RUN.format(folder=str(Path(__file__).parent)))
     return subprocess.Popen([sys.executable, str(script), str(output)], cwd=ROOT, start_new_session=True)
 
