@@ -6,7 +6,7 @@ layers, I images, Q resampler queries. The model is a plain pytree: pass it thro
 as it is. Text, tokenisation and picture files are the processor's business; sampling is inference's.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,15 @@ from qwenvl_jax.nn.attention import PackedBlocks, attend, attend_packed
 from qwenvl_jax.nn.linear import Embedding, Linear
 from qwenvl_jax.nn.norm import LayerNorm, RMSNorm
 from qwenvl_jax.nn.rope import inverse_frequencies, logn_scale, ntk_alpha, rotary_table, rotate
+
+Remat = Literal["none", "layers", "products"]
+
+# What the forward pass of a layer keeps for the backward one: everything, nothing but its input, or its products with
+# weights (attention scores are computed again). The first needs most memory, the second most time.
+REMAT_POLICIES = {
+    "layers": jax.checkpoint_policies.nothing_saveable,
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 class Context(NamedTuple):
@@ -139,17 +148,24 @@ class QwenVL(nnx.Module):
         logn = self.config.use_logn_attn and not training
         return Context(mask, cos, sin, logn_scale(positions, self.config.seq_length) if logn else None, cache_slot)
 
-    def __call__(self, x: jax.Array, context: Context, cache: list | None = None, *, remat: bool = False):
+    def __call__(self, x: jax.Array, context: Context, cache: list | None = None, *, remat: Remat = "none"):
         """x [B, T, D] from `embed` -> (hidden [B, T, D] after the last norm, keys and values per layer).
 
-        Stacked layers are scanned and return no keys and values; `remat` recomputes each layer in the backward pass.
+        Stacked layers are scanned and return no keys and values. `remat` says what of a layer the backward pass
+        computes again instead of keeping it, see `REMAT_POLICIES`; a model in training has no cache.
         """
+
+        def body(x, layer):
+            return layer(x, context)[0], None
+
+        if remat != "none":
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[remat])
         if isinstance(self.layers, Block):
-
-            def body(x, layer):
-                return layer(x, context)[0], None
-
-            x, kv = jax.lax.scan(jax.checkpoint(body) if remat else body, x, self.layers)
+            x, kv = jax.lax.scan(body, x, self.layers)
+        elif remat != "none":
+            kv = []
+            for layer in self.layers:
+                x, _ = body(x, layer)
         else:
             kv = []
             for i, layer in enumerate(self.layers):

@@ -7,7 +7,11 @@ from qwenvl_jax.training.recipe import parse_arguments
 
 
 def main() -> int:
-    """Trains a recipe; 0 at its end, 2 with one line for a mistake in the command or the recipe."""
+    """Trains a recipe.
+
+    Returns 0 at its end or when it was told to stop (SIGTERM), 1 when the loss is no longer a number, 2 with one line
+    for a mistake in the command or the recipe.
+    """
     try:
         recipe = parse_arguments(sys.argv[1:])
         from qwenvl_jax.training.run import train  # JAX starts here; a mistyped flag should not wait for it
@@ -16,5 +20,11 @@ def main() -> int:
     except UserError as error:
         print(f"train: {error}", file=sys.stderr)
         return 2
-    print(f"model written to {folder}")
+    except FloatingPointError as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 1
+    if folder is None:
+        print("stopped and saved; the same command goes on")
+    else:
+        print(f"model written to {folder}")
     return 0

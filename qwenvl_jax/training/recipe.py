@@ -17,7 +17,10 @@ import yaml
 
 from qwenvl_jax.config import QwenVLConfig, UserError, VisionConfig
 from qwenvl_jax.data.scene_rows import SceneRecipe
+from qwenvl_jax.models.qwen_vl import Remat
 from qwenvl_jax.training.optimizer import OptimizerRecipe
+from qwenvl_jax.training.parts import Parts
+from qwenvl_jax.training.placement import MeshRecipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +90,16 @@ class Recipe:
     data: SceneRecipe = dataclasses.field(default_factory=SceneRecipe)
     optimizer: OptimizerRecipe = dataclasses.field(default_factory=OptimizerRecipe)
     auxiliary: AuxiliaryRecipe | None = None
+    parts: Parts = dataclasses.field(default_factory=Parts)
+    mesh: MeshRecipe = dataclasses.field(default_factory=MeshRecipe)
     steps: int = 1000
-    batch_size: int = 24
+    batch_size: int = 24  # sequences of a step, on all devices together
+    accumulate: int = 1  # smaller batches, one after the other, whose gradients make up a step
+    # What is computed in. The trained parameters stay float32 (masters) unless `masters` is off; frozen ones never do.
+    dtype: typing.Literal["float32", "bfloat16"] = "float32"
+    masters: bool = True
+    remat: Remat = "none"  # what the backward pass computes again to save memory: whole layers, or all but products
     seed: int = 0
-    remat: bool = False  # compute each layer again in the backward pass instead of keeping its activations
     workers: int = 1  # processes that draw and tokenise
     log_every: int = 50
     evaluate_every: int = 500
@@ -100,9 +109,12 @@ class Recipe:
     export_dtype: typing.Literal["bfloat16", "float32"] = "bfloat16"
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "evaluate_every", "save_every", "keep", "workers"):
+        positive = ("steps", "batch_size", "accumulate", "log_every", "evaluate_every", "save_every", "keep", "workers")
+        for name in positive:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.batch_size % self.accumulate:
+            raise UserError(f"batch_size {self.batch_size} does not divide into accumulate {self.accumulate} parts")
 
 
 def read_recipe(path: str | Path) -> Recipe:
