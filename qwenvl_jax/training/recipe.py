@@ -18,6 +18,7 @@ import yaml
 from qwenvl_jax.config import QwenVLConfig, UserError, VisionConfig
 from qwenvl_jax.data.scene_rows import SceneRecipe
 from qwenvl_jax.models.qwen_vl import Remat
+from qwenvl_jax.training.hosts import HostsRecipe
 from qwenvl_jax.training.optimizer import OptimizerRecipe
 from qwenvl_jax.training.parts import Parts
 from qwenvl_jax.training.placement import MeshRecipe
@@ -92,6 +93,7 @@ class Recipe:
     auxiliary: AuxiliaryRecipe | None = None
     parts: Parts = dataclasses.field(default_factory=Parts)
     mesh: MeshRecipe = dataclasses.field(default_factory=MeshRecipe)
+    hosts: HostsRecipe = dataclasses.field(default_factory=HostsRecipe)
     steps: int = 1000
     batch_size: int = 24  # sequences of a step, on all devices together
     accumulate: int = 1  # smaller batches, one after the other, whose gradients make up a step

@@ -21,6 +21,7 @@ from qwenvl_jax.models.qwen_vl import QwenVL
 from qwenvl_jax.training.build import auxiliary_schedule, build_modules, divide
 from qwenvl_jax.training.checkpoints import Checkpoints
 from qwenvl_jax.training.evaluation import device_batch, evaluate, validation_batches
+from qwenvl_jax.training.hosts import connect
 from qwenvl_jax.training.log import RunLog
 from qwenvl_jax.training.optimizer import make_optimizer, schedule
 from qwenvl_jax.training.placement import Placement
@@ -56,6 +57,7 @@ def train(recipe: Recipe) -> Path | None:
     when the folder holds a run of another recipe, and FloatingPointError naming the step when the loss is no longer a
     number.
     """
+    connect(recipe.hosts)
     output = Path(recipe.output)
     output.mkdir(parents=True, exist_ok=True)
     _remember_recipe(recipe, output)
@@ -140,10 +142,22 @@ def export(recipe: Recipe, model: QwenVL, output: Path, vocabulary: Path) -> Pat
     return folder
 
 
+# What may change between two starts of one run: where it runs and how it tells of it, but not what it computes.
+CIRCUMSTANCES = ("output", "mesh", "hosts", "workers", "log_every", "keep")
+
+
 def _remember_recipe(recipe: Recipe, output: Path) -> None:
     """Writes the recipe into the run's folder, or refuses to go on with a run that another recipe began."""
-    text = yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(recipe))), sort_keys=False, allow_unicode=True)
+    values = json.loads(json.dumps(dataclasses.asdict(recipe)))
     path = output / "recipe.yaml"
-    if path.exists() and path.read_text(encoding="utf-8") != text:
-        raise UserError(f"{path} is of another recipe; give --output another folder, or remove {output} to begin again")
-    path.write_text(text, encoding="utf-8")
+    if path.exists():
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        keys = sorted((values.keys() | before.keys()) - set(CIRCUMSTANCES))
+        other = next((key for key in keys if before.get(key) != values.get(key)), None)
+        if other is not None:
+            raise UserError(
+                f"{path} is of another recipe: {other} was {before.get(other)!r} and is {values.get(other)!r}; "
+                f"give --output another folder, or remove {output} to begin again"
+            )
+    if jax.process_index() == 0:
+        path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
