@@ -82,6 +82,13 @@ class Processor:
         Labels stand at the positions of their tokens (not shifted) and are -100 where nothing is learnt; which those
         are says `template.training_labels`. Nothing is truncated. Raises UserError as `chat` does.
         """
+        body, labels, pictures = self.training_tokens(messages, answers_only)
+        return self._prompt(body, pictures, dropped=0), labels
+
+    def training_tokens(
+        self, messages: Sequence[Mapping[str, Any]], answers_only: bool = False
+    ) -> tuple[Segment, np.ndarray, list[Image.Image]]:
+        """What `training` gives, before the pictures are resized: tokens, labels int32 [T] and RGB pictures."""
         read, pictures = read_messages(messages, self.load, last_role="assistant")
         system, turns = self._split_system(read)
         contents = [("system", system), *((message.role, self._content(message)) for message in turns)]
@@ -90,7 +97,7 @@ class Processor:
         labels: list[int] = []
         for role, content in contents:
             labels += template.training_labels(self.tokenizer, role, content, answers_only)
-        return self._prompt(body, pictures, dropped=0), np.array(labels, np.int32)
+        return body, np.array(labels, np.int32), pictures
 
     def raw(self, text: str, images: Sequence[Any] = ()) -> Prompt:
         """A prompt as the developer wrote it, for base models: no template, and every special token in it counts.

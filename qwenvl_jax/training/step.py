@@ -63,14 +63,16 @@ def packed_hidden(model, batch: dict[str, jax.Array], *, remat: bool = False) ->
     return model(model.embed(batch["ids"], features, batch["slots"]), context, remat=remat)[0], features
 
 
-def forward_loss(modules, batch: dict[str, jax.Array], auxiliary_weight: jax.Array, *, remat: bool):
+def forward_loss(
+    modules, batch: dict[str, jax.Array], auxiliary_weight: jax.Array, *, remat: bool, hidden_of=packed_hidden
+):
     """Loss of a packed batch and its parts.
 
     modules: {"model": QwenVL, "auxiliary": CellHead or absent}. The batch also has target_positions and targets int [B,
-    K], and cell labels "cell/<name>" when there is an auxiliary head.
+    K], and cell labels "cell/<name>" when there is an auxiliary head. hidden_of: the forward pass for its kind of rows.
     """
     model = modules["model"]
-    hidden, features = packed_hidden(model, batch, remat=remat)
+    hidden, features = hidden_of(model, batch, remat=remat)
     total, count = next_token_loss(model, hidden, batch["target_positions"], batch["targets"])
     loss = total / jnp.maximum(count, 1)
     metrics = {"loss": loss, "target_tokens": count}
@@ -82,12 +84,12 @@ def forward_loss(modules, batch: dict[str, jax.Array], auxiliary_weight: jax.Arr
     return loss, metrics
 
 
-def make_evaluation_step(rebuild):
+def make_evaluation_step(rebuild, *, hidden_of=packed_hidden):
     """(params, batch) -> (loss sum, target count, right bool [B, K]): whether each target is the likeliest token."""
 
     def evaluation_step(params: Parameters, batch: dict[str, jax.Array]):
         model = rebuild(params)["model"]
-        hidden, _ = packed_hidden(model, batch)
+        hidden, _ = hidden_of(model, batch)
         total, count = next_token_loss(model, hidden, batch["target_positions"], batch["targets"])
         picked = jnp.take_along_axis(hidden, batch["target_positions"][..., None], axis=1)
         return total, count, jnp.argmax(model.logits(picked), axis=-1) == batch["targets"]
@@ -109,17 +111,20 @@ def make_train_step(
     *,
     remat: bool = False,
     vision_only: bool = False,
+    hidden_of=packed_hidden,
 ):
     """(state, batch) -> (state, metrics of float32 scalars); jit it with the state donated.
 
-    `vision_only` trains the vision tower by the auxiliary head alone; all other parameters stay as they are.
+    `vision_only` trains the vision tower by the auxiliary head alone; all other parameters stay as they are. hidden_of:
+    `packed_hidden`, or `record_rows.record_hidden` with its `longest` bound, for rows of records.
     """
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
         def loss_of(params):
             if vision_only:
                 return vision_loss(rebuild(params), batch)
-            return forward_loss(rebuild(params), batch, auxiliary_schedule(state.step), remat=remat)
+            weight = auxiliary_schedule(state.step)
+            return forward_loss(rebuild(params), batch, weight, remat=remat, hidden_of=hidden_of)
 
         grads, metrics = jax.grad(loss_of, has_aux=True)(state.params)
         updates, memory = optimizer.update(grads, state.optimizer, state.params)

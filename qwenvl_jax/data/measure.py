@@ -1,0 +1,151 @@
+"""How long each record is: what packing must know before the first batch, measured once and kept in a file.
+
+A record is measured by making its tokens, so a record that cannot be trained on is found here, before the first step.
+Which records go into which row is decided in `plan.py`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwenvl_jax.config import UserError
+from qwenvl_jax.data.pipeline import ahead
+from qwenvl_jax.processing.processor import Processor
+from qwenvl_jax.processing.template import IGNORED
+
+CHUNK = 64  # records that a worker measures at once
+FEW = 4096  # records are measured without workers: to start them takes longer
+_VERSION = "1"  # of what is measured; another one makes no use of older files
+
+
+@dataclasses.dataclass(frozen=True)
+class Measures:
+    """Of R records, in the order of their source; all int32 [R].
+
+    tokens: in all, 0 of a bad record. pictures: how many. needed: tokens up to the end of the last picture and to the
+    first token of an answer, whichever is later; a record cut shorter has a picture cut or teaches nothing. problems:
+    what is wrong with each bad record, by its index.
+    """
+
+    tokens: np.ndarray
+    pictures: np.ndarray
+    needed: np.ndarray
+    problems: dict[int, str]
+
+
+def measure(source: Sequence[Any], processor: Processor, *, cache: Path | None = None, workers: int = 0) -> Measures:
+    """The measures of all records of a source (see `data.records`).
+
+    cache: a file that remembers them; records and pictures that have not changed since are not read again. workers:
+    processes that share the work of a large source.
+    """
+    vocabulary = _vocabulary_digest(processor)
+    keys = [_key(source, index, vocabulary) for index in range(len(source))] if cache else []
+    known = _read_cache(cache) if cache else {}
+    table = np.zeros((len(source), 3), np.int32)
+    unknown = [index for index in range(len(source)) if not keys or keys[index] not in known]
+    for index in set(range(len(source))) - set(unknown):
+        table[index] = known[keys[index]]
+    problems: dict[int, str] = {}
+    chunks = _Chunks(source, processor, unknown)
+    for rows, wrong in ahead(chunks, first=0, workers=workers if len(unknown) > FEW else 0):
+        table[rows[:, 0]] = rows[:, 1:]
+        problems |= wrong
+    if cache and unknown:
+        _write_cache(cache, {key: table[i] for i, key in enumerate(keys) if key and i not in problems})
+    return Measures(table[:, 0].copy(), table[:, 1].copy(), table[:, 2].copy(), problems)
+
+
+def measure_one(messages: Sequence[Mapping[str, Any]], processor: Processor) -> tuple[int, int, int]:
+    """Tokens, pictures and needed tokens of a conversation; see `Measures`. Raises UserError."""
+    tokens, labels, pictures = processor.training_tokens(messages, answers_only=True)
+    learnt = np.flatnonzero(labels != IGNORED)[0] + 1
+    seen = np.flatnonzero(np.array(tokens.slots) >= 0)
+    shown = seen[-1] + 2 if len(seen) else 0  # with the tag that closes the picture
+    return len(tokens), len(pictures), int(max(learnt, shown))
+
+
+class _Chunks:
+    """A random-access source of measures: int32 [n, 4] of index, tokens, pictures, needed, and problems by index."""
+
+    def __init__(self, source, processor: Processor, indexes: list[int]):
+        self.source, self.processor, self.indexes = source, processor, indexes
+
+    def __len__(self) -> int:
+        return -(-len(self.indexes) // CHUNK)
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, dict[int, str]]:
+        rows, problems = [], {}
+        for index in self.indexes[number * CHUNK : (number + 1) * CHUNK]:
+            rows.append((index, 0, 0, 0))
+            try:
+                record = self.source[index]
+            except UserError as error:  # which names the place
+                problems[index] = str(error)
+                continue
+            try:
+                rows[-1] = (index, *measure_one(record.messages, self.processor))
+            except UserError as error:
+                problems[index] = f"{record.where}: {error}"
+        return np.array(rows, np.int32).reshape(-1, 4), problems
+
+
+def _vocabulary_digest(processor: Processor) -> bytes:
+    digest = hashlib.sha256(f"{_VERSION} {processor.tokenizer.n_queries}".encode())
+    for token, rank in sorted(processor.tokenizer.ranks.items(), key=lambda item: item[1]):
+        digest.update(b"%d %s " % (rank, token))
+    return digest.digest()
+
+
+def _key(source, index: int, vocabulary: bytes) -> bytes:
+    """What the measures of a record depend on, as 16 bytes; empty where that cannot be told, or the record is bad."""
+    try:
+        messages = source[index].messages
+        text = json.dumps(messages, default=_content_digest)
+        facts = [_file_facts(path) for path in _picture_files(messages)]
+    except (UserError, TypeError, OSError, ValueError, KeyError, AttributeError):
+        return b""
+    return hashlib.blake2b(f"{text} {facts}".encode(), key=vocabulary, digest_size=16).digest()
+
+
+def _content_digest(value: Any) -> str:
+    """For json.dumps: what is no JSON. Pictures in memory that are not bytes have no digest."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
+    raise TypeError
+
+
+def _picture_files(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+    pictures = [part.get("image") or part["image_url"]["url"] for part in parts if "image" in part["type"]]
+    return [os.fspath(x) for x in pictures if isinstance(x, str | os.PathLike) and ":" not in os.fspath(x)[:6]]
+
+
+def _file_facts(path: str) -> tuple[int, int]:
+    facts = os.stat(path)
+    return facts.st_size, facts.st_mtime_ns
+
+
+def _read_cache(path: Path) -> dict[bytes, np.ndarray]:
+    try:
+        with np.load(path) as stored:
+            return {key.tobytes(): row for key, row in zip(stored["keys"], stored["measures"], strict=True)}
+    except (OSError, ValueError, KeyError):  # absent or damaged: measure again
+        return {}
+
+
+def _write_cache(path: Path, measures: dict[bytes, np.ndarray]) -> None:
+    """Writes the file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    keys = np.frombuffer(b"".join(measures), np.uint8).reshape(-1, 16)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial.npz")
+    np.savez(temporary, keys=keys, measures=np.array(list(measures.values()), np.int32).reshape(-1, 3))
+    temporary.replace(path)
