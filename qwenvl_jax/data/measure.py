@@ -6,22 +6,49 @@ Which records go into which row is decided in `plan.py`.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qwenvl_jax.config import UserError
+from qwenvl_jax.data.mixture import Mixture
 from qwenvl_jax.data.pipeline import ahead
+from qwenvl_jax.data.records import Record
 from qwenvl_jax.processing.processor import Processor
 from qwenvl_jax.processing.template import IGNORED
 
 CHUNK = 64  # records that a worker measures at once
 FEW = 4096  # records are measured without workers: to start them takes longer
 _VERSION = "1"  # of what is measured; another one makes no use of older files
+
+
+class AllRecords:
+    """The records of several sources, one source after another. Pickles where they do."""
+
+    def __init__(self, sources: Sequence[Sequence[Record]]):
+        self.sources = list(sources)
+        self.starts = np.cumsum([0, *(len(source) for source in self.sources)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        source = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.sources[source][int(index - self.starts[source])]
+
+    def passes(self, mixture: Mixture) -> Iterator[np.ndarray]:
+        """For each epoch of a mixture of these sources, without end, int64 [R]: the indexes of its records in order."""
+        for epoch in itertools.count():
+            places = [mixture.locate(epoch * len(mixture) + number) for number in range(len(mixture))]
+            yield np.array([self.starts[source] + item for source, item in places])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +66,8 @@ class Measures:
     problems: dict[int, str]
 
 
-def measure(source: Sequence[Any], processor: Processor, *, cache: Path | None = None, workers: int = 0) -> Measures:
-    """The measures of all records of a source (see `data.records`).
+def measure(source: Sequence[Record], processor: Processor, *, cache: Path | None = None, workers: int = 0) -> Measures:
+    """The measures of all records of a source.
 
     cache: a file that remembers them; records and pictures that have not changed since are not read again. workers:
     processes that share the work of a large source.
@@ -138,7 +165,7 @@ def _read_cache(path: Path) -> dict[bytes, np.ndarray]:
     try:
         with np.load(path) as stored:
             return {key.tobytes(): row for key, row in zip(stored["keys"], stored["measures"], strict=True)}
-    except (OSError, ValueError, KeyError):  # absent or damaged: measure again
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # absent or damaged: measure again
         return {}
 
 

@@ -1,6 +1,6 @@
-"""Which records stand in which row of which batch: a pure function of their lengths and a seed.
+"""Which records stand in which row of which batch: a pure function of their order, their lengths and a seed.
 
-Rows of whole records are packed by best fit, longest first, within windows of shuffled records; without packing a row
+Rows of whole records are packed by best fit, longest first, within windows of the records' order; without packing a row
 is one record, and records of like length share a batch. Everything is planned before the first step, so that the
 number of a batch is all the state that the data has, whatever the number of workers and processes.
 """
@@ -8,14 +8,14 @@ number of a batch is all the state that the data has, whatever the number of wor
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from qwenvl_jax.config import UserError
-
 WINDOW = 1024  # records that are packed together; more gain little
 BUCKETS = 4  # row lengths without packing, each compiled once
+BUCKET_STEP = 64  # tokens; row lengths are multiples
 SPARE = 1.1  # picture slots offered for each picture that an average batch has
 
 Row = list[int]  # indexes of records
@@ -51,7 +51,7 @@ class Plan:
 
 
 def make_plan(
-    records: np.ndarray,
+    passes: Iterable[np.ndarray],
     tokens: np.ndarray,
     pictures: np.ndarray,
     shape: BatchShape,
@@ -59,18 +59,13 @@ def make_plan(
     packing: bool,
     seed: int,
     batches: int | None = None,
-    epochs: int | None = None,
 ) -> Plan:
-    """Plans `epochs` passes over the records, or `batches` batches, whichever is given.
+    """Plans all `passes` over the records, or as many of them as `batches` batches need.
 
-    records: the indexes to train on; tokens, pictures int [R]: by index, none beyond the shape. Each pass has another
-    order. A batch may hold records of two passes; the last one may be short of rows.
+    passes: for each epoch the indexes of its records in the order to train on; tokens, pictures int [R]: by index, none
+    beyond the shape. A batch may hold records of two passes; the very last one may be short of rows.
     """
-    if (batches is None) == (epochs is None):
-        raise ValueError("give batches or epochs")
-    if not len(records):
-        raise UserError("there is no record to train on")
-    planned = _batches(records, tokens, pictures, shape, packing, seed, epochs)
+    planned = _batches(passes, tokens, pictures, shape, packing, seed)
     return Plan(list(planned if batches is None else itertools.islice(planned, batches)))
 
 
@@ -83,13 +78,13 @@ def picture_slots(tokens: np.ndarray, pictures: np.ndarray, rows: int, row_token
     return int(np.ceil(wanted / rows)) * rows
 
 
-def _batches(records, tokens, pictures, shape: BatchShape, packing: bool, seed: int, epochs: int | None):
+def _batches(passes, tokens, pictures, shape: BatchShape, packing: bool, seed: int):
     """The batches as (row length, rows), one after another."""
-    lengths = [shape.tokens] if packing else bucket_lengths(tokens[records], shape.tokens)
+    lengths = [shape.tokens] if packing else bucket_lengths(tokens, shape.tokens)
     waiting: list[list[Row]] = [[] for _ in lengths]
-    for rng, window in _windows(records, seed, epochs):
+    for rng, window in _windows(passes, seed):
         rows = best_fit(window, tokens, pictures, shape.tokens, shape.pictures) if packing else [[r] for r in window]
-        for number in rng.permutation(len(rows)):
+        for number in rng.permutation(len(rows)):  # packing put the longest first
             waiting[0 if packing else bisect.bisect_left(lengths, tokens[rows[number][0]])].append(rows[number])
         full = []
         for length, queue in zip(lengths, waiting, strict=True):
@@ -102,11 +97,11 @@ def _batches(records, tokens, pictures, shape: BatchShape, packing: bool, seed: 
         yield lengths[-1], _take(waiting[-1], pictures, shape)
 
 
-def _windows(records: np.ndarray, seed: int, epochs: int | None) -> Iterator[tuple[np.random.Generator, list[int]]]:
-    """Shuffled records, pass after pass, in windows of about equal size."""
-    for epoch in itertools.count() if epochs is None else range(epochs):
+def _windows(passes: Iterable[np.ndarray], seed: int) -> Iterator[tuple[np.random.Generator, list[int]]]:
+    """The records, pass after pass, in windows of about equal size, each pass with random numbers of its own."""
+    for epoch, records in enumerate(passes):
         rng = np.random.default_rng([seed, epoch])
-        for window in np.array_split(rng.permutation(records), -(-len(records) // WINDOW)):
+        for window in np.array_split(records, max(1, -(-len(records) // WINDOW))):
             yield rng, window.tolist()
 
 
@@ -133,9 +128,18 @@ def best_fit(window: list[int], tokens, pictures, row_tokens: int, row_pictures:
 
 
 def bucket_lengths(tokens: np.ndarray, longest: int) -> list[int]:
-    """At most BUCKETS rising row lengths, multiples of 64 up to `longest`, that share the records about equally."""
-    shares = np.quantile(tokens, np.arange(1, BUCKETS + 1) / BUCKETS, method="higher")
-    return sorted({int(min(-(-share // 64) * 64, longest)) for share in shares})
+    """The BUCKETS rising row lengths, multiples of BUCKET_STEP up to `longest`, that pad these records the least."""
+    rounded = np.minimum(-(-tokens[tokens > 0] // BUCKET_STEP) * BUCKET_STEP, longest)
+    lengths, counts = np.unique(rounded, return_counts=True)
+    below = [0, *np.cumsum(counts).tolist()]
+    # best[j]: the fewest tokens in rows for the records up to lengths[j - 1], and the row lengths for that.
+    best: list[tuple[float, list[int]]] = [(0, []), *[(math.inf, [])] * len(lengths)]
+    for _ in range(BUCKETS):
+        for j in range(len(lengths), 0, -1):
+            length = int(lengths[j - 1])
+            ways = ((best[i][0] + (below[j] - below[i]) * length, [*best[i][1], length]) for i in range(j))
+            best[j] = min(best[j], *ways)
+    return best[-1][1]
 
 
 def _take(queue: list[Row], pictures: np.ndarray, shape: BatchShape) -> list[Row]:

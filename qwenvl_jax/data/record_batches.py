@@ -5,15 +5,18 @@ has. Several processes share each batch: every one makes its own rows and its ow
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 from qwenvl_jax.config import UserError
-from qwenvl_jax.data.measure import Measures, measure
+from qwenvl_jax.data.feature_cache import FeatureCache
+from qwenvl_jax.data.measure import AllRecords, Measures, measure
+from qwenvl_jax.data.mixture import Mixture
 from qwenvl_jax.data.pipeline import ahead
 from qwenvl_jax.data.plan import BatchShape, make_plan, picture_slots
 from qwenvl_jax.processing.images import preprocess
@@ -33,7 +36,6 @@ class BatchRecipe:
     too_long: Literal["cut", "skip"] = "cut"  # longer records lose text after the last picture, or are left out
     bad_records: Literal["stop", "skip"] = "stop"  # a mistake ends the run before it begins, or the record is left out
     pictures: int | None = None  # picture slots of a batch; None: a few more than an average batch needs
-    seed: int = 0  # of the order, which is another one in each epoch
 
     def __post_init__(self):
         if self.max_length < 1:
@@ -45,8 +47,9 @@ class BatchRecipe:
 class RecordBatches:
     """A random-access source of batches of records, as many as `steps` or as `epochs` passes over the records need.
 
-    source: records (`data.records`); rows: of a batch, over all processes; process: which of `processes` this is;
-    measures: where they are known already, else `workers` processes make them, and the file `cache` remembers them.
+    mixture: the records and their order; rows: of a batch, over all processes; process: which of `processes` this is;
+    measures: where they are known already, else `workers` processes make them, and the file `cache` remembers them;
+    features: where those of all pictures are cached, batches hold them in place of the pixels.
     `len()` is the number of batches; `longest`, the most tokens of a record, is static for `nn.attention.PackedRows`;
     `skipped` says of each record left out why, and `cut` counts those that lose text. Raises UserError when records are
     bad (unless told to skip them), none is left, or rows or picture slots do not divide among the processes.
@@ -55,7 +58,7 @@ class RecordBatches:
     def __init__(
         self,
         recipe: BatchRecipe,
-        source: Sequence[Any],
+        mixture: Mixture,
         processor: Processor,
         rows: int,
         *,
@@ -64,42 +67,46 @@ class RecordBatches:
         process: int = 0,
         processes: int = 1,
         measures: Measures | None = None,
+        features: FeatureCache | None = None,
         cache: Path | None = None,
         workers: int = 0,
     ):
-        self.recipe, self.source, self.processor = recipe, source, processor
+        self.recipe, self.processor, self.features = recipe, processor, features
+        self.source = AllRecords(mixture.sources)
+        if (steps is None) == (epochs is None):
+            raise UserError("give either steps or epochs")
         self.process, self.processes = process, processes
-        measures = measures or measure(source, processor, cache=cache, workers=workers)
+        measures = measures or measure(self.source, processor, cache=cache, workers=workers)
         if measures.problems and recipe.bad_records == "stop":
             raise UserError(_bad_records(measures.problems))
         self.measured, self.pictures = measures.tokens, measures.pictures
-        self.tokens = np.minimum(measures.tokens, recipe.max_length)
         self._reasons = _left_out(recipe, measures)
-        records = np.array([i for i in range(len(source)) if i not in self._reasons], np.int32)
-        if not len(records):
+        usable = np.array([index not in self._reasons for index in range(len(self.source))])
+        if not usable.any():
             first = f"; the first: {self.skipped[0]}" if self._reasons else ""
-            raise UserError(f"none of the {len(source)} records can be trained on{first}")
-        self.cut = int(np.sum(measures.tokens[records] > recipe.max_length))
-        self.longest = int(self.tokens[records].max())
+            raise UserError(f"none of the {len(usable)} records can be trained on{first}")
+        self.tokens = np.where(usable, np.minimum(measures.tokens, recipe.max_length), 0)
+        self.cut = int(np.sum(measures.tokens[usable] > recipe.max_length))
+        self.longest = int(self.tokens.max())
         slots = recipe.pictures
         if slots is None:
-            known = self.tokens[records], self.pictures[records]
+            known = self.tokens[usable], self.pictures[usable]
             slots = picture_slots(*known, rows, recipe.max_length, recipe.packing)
-        if not self.pictures[records].any():
+        if not self.pictures[usable].any():
             slots = 0
         for name, value in (("rows", rows), ("picture slots", slots)):
             if value % processes:
                 raise UserError(f"a batch of {value} {name} does not divide among {processes} processes")
         self.shape = BatchShape(rows, recipe.max_length, slots)
+        passes = (order[usable[order]] for order in self.source.passes(mixture))
         self.plan = make_plan(
-            records,
+            itertools.islice(passes, epochs),
             self.tokens,
             self.pictures,
             self.shape,
             packing=recipe.packing,
-            seed=recipe.seed,
+            seed=mixture.seed,
             batches=steps,
-            epochs=epochs,
         )
 
     def __len__(self) -> int:
@@ -135,11 +142,13 @@ class RecordBatches:
         int32 [B, T]: ids; slots (rows of the features of all processes' pictures, flattened; -1 at text); positions,
         which restart in each record; group, the number of a record in its row from 1, 0 for padding; targets, the
         trained tokens of a row, then IGNORED; and target_positions, of the token that predicts each. float32 [I, 3, S,
-        S]: pixels, zeros in slots without a picture; absent where no record has one.
+        S]: pixels, zeros in slots without a picture; absent where no record has one. Where features are cached, they
+        take their place as features [I, Q, D], in the model's dtype.
         """
         length, rows = self.plan[number]
         own_rows, own_pictures = self._share(self.shape.rows), self._share(self.shape.pictures)
-        batch = _empty(len(own_rows), length, self.processor.config.visual.image_size, len(own_pictures))
+        batch = _empty_rows(len(own_rows), length)
+        shown_as = self._empty_pictures(len(own_pictures))
         seen = 0  # pictures before a record
         for row, records in enumerate(rows):
             place = trained = 0
@@ -151,14 +160,27 @@ class RecordBatches:
                     continue
                 tokens, labels, pictures = self._read(record)
                 for picture in here:
-                    resized = preprocess([pictures[picture - shown.start]], batch["pixels"].shape[-1])
-                    batch["pixels"][picture - own_pictures.start] = resized[0]
+                    shown_as[picture - own_pictures.start] = self._see(pictures[picture - shown.start])
                 if row in own_rows:
-                    views = {name: batch[name][row - own_rows.start] for name in batch if name != "pixels"}
+                    views = {name: batch[name][row - own_rows.start] for name in batch}
                     first_slot = shown.start * self.processor.config.visual.n_queries
                     trained += _write(views, tokens, labels, group, place, trained, first_slot)
                     place += len(tokens)
+        if self.shape.pictures:
+            batch["pixels" if self.features is None else "features"] = shown_as
         return batch
+
+    def _empty_pictures(self, count: int) -> np.ndarray:
+        vision = self.processor.config.visual
+        if self.features is not None:
+            return np.zeros((count, *self.features.shape), self.features.dtype)
+        return np.zeros((count, 3, vision.image_size, vision.image_size), np.float32)
+
+    def _see(self, picture: Image.Image) -> np.ndarray:
+        """What the model gets of a picture: its features [Q, D] where they are cached, else its pixels [3, S, S]."""
+        if self.features is not None:
+            return self.features.read(picture)
+        return preprocess([picture], self.processor.config.visual.image_size)[0]
 
     def _share(self, count: int) -> range:
         """This process's part of `count` things."""
@@ -186,12 +208,11 @@ def record_batches(batches: RecordBatches, *, first: int = 0, workers: int = 1) 
     return ahead(batches, first=first, workers=workers)
 
 
-def _empty(rows: int, length: int, image_size: int, pictures: int) -> dict[str, np.ndarray]:
+def _empty_rows(rows: int, length: int) -> dict[str, np.ndarray]:
     batch = {name: np.zeros((rows, length), np.int32) for name in ("ids", "positions", "group", "target_positions")}
-    batch |= {"slots": np.full((rows, length), -1, np.int32), "targets": np.full((rows, length), IGNORED, np.int32)}
-    if pictures:
-        batch["pixels"] = np.zeros((pictures, 3, image_size, image_size), np.float32)
-    return batch
+    return batch | {
+        name: np.full((rows, length), fill, np.int32) for name, fill in (("slots", -1), ("targets", IGNORED))
+    }
 
 
 def _write(

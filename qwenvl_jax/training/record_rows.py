@@ -13,7 +13,7 @@ def record_hidden(model, batch: dict[str, jax.Array], *, longest: int, remat: bo
     batch: see `data.record_batches.RecordBatches`; `longest` is that source's and static. As `step.packed_hidden`,
     which is for rows of branches.
     """
-    features = model.encode_images(batch["pixels"]) if "pixels" in batch else None
+    features = model.encode_images(batch["pixels"]) if "pixels" in batch else batch.get("features")
     rows = batch["ids"].shape[0]
     context = model.context(
         PackedRows(batch["group"], longest),
