@@ -6,7 +6,6 @@ picture of the same path, never finds it. A tower that learns must not use this.
 
 import hashlib
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -14,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from qwenvl_jax.config import UserError
+from qwenvl_jax.data.measure import Source
 from qwenvl_jax.data.pipeline import ahead
-from qwenvl_jax.data.records import Record
 from qwenvl_jax.models.qwen_vl import QwenVL
 from qwenvl_jax.processing.images import preprocess
 from qwenvl_jax.processing.processor import Processor
@@ -51,7 +50,7 @@ class FeatureCache:
         temporary.write_bytes(features.tobytes())
         temporary.replace(path)
 
-    def fill(self, model: QwenVL, records: Sequence[Record], processor: Processor, *, workers: int = 0) -> int:
+    def fill(self, model: QwenVL, records: Source, processor: Processor, *, workers: int = 0) -> int:
         """Encodes all pictures of the records that are not there yet, and returns how many. Bad records are passed."""
         encode = jax.jit(lambda model, pixels: model.encode_images(pixels))
         waiting: dict[str, np.ndarray] = {}
@@ -76,7 +75,7 @@ class FeatureCache:
 class _Missing:
     """A random-access source of the pictures of each record that are not cached: paths, float32 [n, 3, S, S]."""
 
-    def __init__(self, cache: FeatureCache, records: Sequence[Record], processor: Processor):
+    def __init__(self, cache: FeatureCache, records: Source, processor: Processor):
         self.cache, self.records, self.processor = cache, records, processor
 
     def __len__(self) -> int:

@@ -12,7 +12,7 @@ import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -28,10 +28,17 @@ FEW = 4096  # records are measured without workers: to start them takes longer
 _VERSION = "1"  # of what is measured; another one makes no use of older files
 
 
+class Source(Protocol):
+    """Random access to records, such as `Records` or a list. Bad ones may raise UserError."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Record: ...
+
+
 class AllRecords:
     """The records of several sources, one source after another. Pickles where they do."""
 
-    def __init__(self, sources: Sequence[Sequence[Record]]):
+    def __init__(self, sources: Sequence[Source]):
         self.sources = list(sources)
         self.starts = np.cumsum([0, *(len(source) for source in self.sources)])
 
@@ -66,7 +73,7 @@ class Measures:
     problems: dict[int, str]
 
 
-def measure(source: Sequence[Record], processor: Processor, *, cache: Path | None = None, workers: int = 0) -> Measures:
+def measure(source: Source, processor: Processor, *, cache: Path | None = None, workers: int = 0) -> Measures:
     """The measures of all records of a source.
 
     cache: a file that remembers them; records and pictures that have not changed since are not read again. workers:
@@ -101,7 +108,7 @@ def measure_one(messages: Sequence[Mapping[str, Any]], processor: Processor) -> 
 class _Chunks:
     """A random-access source of measures: int32 [n, 4] of index, tokens, pictures, needed, and problems by index."""
 
-    def __init__(self, source, processor: Processor, indexes: list[int]):
+    def __init__(self, source: Source, processor: Processor, indexes: list[int]):
         self.source, self.processor, self.indexes = source, processor, indexes
 
     def __len__(self) -> int:
@@ -130,7 +137,7 @@ def _vocabulary_digest(processor: Processor) -> bytes:
     return digest.digest()
 
 
-def _key(source, index: int, vocabulary: bytes) -> bytes:
+def _key(source: Source, index: int, vocabulary: bytes) -> bytes:
     """What the measures of a record depend on, as 16 bytes; empty where that cannot be told, or the record is bad."""
     try:
         messages = source[index].messages
