@@ -201,9 +201,7 @@ def messages_from_query(
     return [*messages, {"role": "user", "content": user_parts(query, find, pictures)}]
 
 
-def user_parts(
-    text: str, find: Callable[[str], ImageSource], pictures: list[ImageSource]
-) -> list[dict[str, Any]]:
+def user_parts(text: str, find: Callable[[str], ImageSource], pictures: list[ImageSource]) -> list[dict[str, Any]]:
     r"""The parts of a user's text of the original; `pictures` collects the pictures of the conversation.
 
     `Picture N: <img>path</img>\n` and a bare `<img>path</img>` become an image part with `find(path)` (numbered anew,
