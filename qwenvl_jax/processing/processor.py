@@ -18,7 +18,7 @@ from qwenvl_jax.config import QwenVLConfig, UserError
 from qwenvl_jax.processing import boxes, template
 from qwenvl_jax.processing.boxes import Box
 from qwenvl_jax.processing.images import load_image, preprocess
-from qwenvl_jax.processing.messages import BoxPart, Message, Picture, Text, read_messages
+from qwenvl_jax.processing.messages import BoxPart, Message, Picture, Ref, Text, read_messages
 from qwenvl_jax.processing.template import Piece, Prompt, Segment
 from qwenvl_jax.processing.tokenizer import Tokenizer
 
@@ -155,6 +155,8 @@ class Processor:
                     pieces.append(text)
                 case Picture(index):
                     pieces += template.picture_pieces(self.tokenizer, index, index + 1)
+                case Ref(label):
+                    pieces += template.ref_pieces(self.tokenizer, label)
                 case BoxPart(corners, label, size):
                     pieces += template.box_pieces(self.tokenizer, label, corners, size)
         return template.segment(self.tokenizer, pieces)
