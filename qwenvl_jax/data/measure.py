@@ -1,6 +1,6 @@
 """How long each record is: what packing must know before the first batch, measured once and kept in a file.
 
-A record is measured by making its tokens, so a record that cannot be trained on is found here, before the first step.
+A record is measured by the check of `validate.py`, so one that cannot be trained on is found before the first step.
 Which records go into which row is decided in `plan.py`.
 """
 
@@ -19,9 +19,10 @@ import numpy as np
 from qwenvl_jax.config import UserError
 from qwenvl_jax.data.mixture import Mixture
 from qwenvl_jax.data.pipeline import ahead
+from qwenvl_jax.data.problems import RecordError
 from qwenvl_jax.data.records import Record
+from qwenvl_jax.data.validate import Examination, examine
 from qwenvl_jax.processing.processor import Processor
-from qwenvl_jax.processing.template import IGNORED
 
 CHUNK = 64  # records that a worker measures at once
 FEW = 4096  # records are measured without workers: to start them takes longer
@@ -29,7 +30,7 @@ _VERSION = "1"  # of what is measured; another one makes no use of older files
 
 
 class Source(Protocol):
-    """Random access to records, such as `Records` or a list. Bad ones may raise UserError."""
+    """Random access to records, such as `Records` or a list. Bad ones may raise RecordError."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Record: ...
@@ -62,9 +63,8 @@ class AllRecords:
 class Measures:
     """Of R records, in the order of their source; all int32 [R].
 
-    tokens: in all, 0 of a bad record. pictures: how many. needed: tokens up to the end of the last picture and to the
-    first token of an answer, whichever is later; a record cut shorter has a picture cut or teaches nothing. problems:
-    what is wrong with each bad record, by its index.
+    tokens: in all, 0 of a bad record. pictures: how many. needed: tokens that cutting must leave, see `Examination`.
+    problems: what is wrong with each bad record, by its index.
     """
 
     tokens: np.ndarray
@@ -96,15 +96,6 @@ def measure(source: Source, processor: Processor, *, cache: Path | None = None, 
     return Measures(table[:, 0].copy(), table[:, 1].copy(), table[:, 2].copy(), problems)
 
 
-def measure_one(messages: Sequence[Mapping[str, Any]], processor: Processor) -> tuple[int, int, int]:
-    """Tokens, pictures and needed tokens of a conversation; see `Measures`. Raises UserError."""
-    tokens, labels, pictures = processor.training_tokens(messages, answers_only=True)
-    learnt = np.flatnonzero(labels != IGNORED)[0] + 1
-    seen = np.flatnonzero(np.array(tokens.slots) >= 0)
-    shown = seen[-1] + 2 if len(seen) else 0  # with the tag that closes the picture
-    return len(tokens), len(pictures), int(max(learnt, shown))
-
-
 class _Chunks:
     """A random-access source of measures: int32 [n, 4] of index, tokens, pictures, needed, and problems by index."""
 
@@ -117,17 +108,17 @@ class _Chunks:
     def __getitem__(self, number: int) -> tuple[np.ndarray, dict[int, str]]:
         rows, problems = [], {}
         for index in self.indexes[number * CHUNK : (number + 1) * CHUNK]:
-            rows.append((index, 0, 0, 0))
-            try:
-                record = self.source[index]
-            except UserError as error:  # which names the place
-                problems[index] = str(error)
-                continue
-            try:
-                rows[-1] = (index, *measure_one(record.messages, self.processor))
-            except UserError as error:
-                problems[index] = f"{record.where}: {error}"
+            seen = self._examine(index)
+            rows.append((index, 0, 0, 0) if seen.problems else (index, seen.tokens, seen.pictures, seen.needed))
+            if seen.problems:
+                problems[index] = str(seen.problems[0])
         return np.array(rows, np.int32).reshape(-1, 4), problems
+
+    def _examine(self, index: int) -> Examination:
+        try:
+            return examine(self.source[index], self.processor)
+        except RecordError as error:
+            return Examination([error.problem])
 
 
 def _vocabulary_digest(processor: Processor) -> bytes:
@@ -140,9 +131,9 @@ def _vocabulary_digest(processor: Processor) -> bytes:
 def _key(source: Source, index: int, vocabulary: bytes) -> bytes:
     """What the measures of a record depend on, as 16 bytes; empty where that cannot be told, or the record is bad."""
     try:
-        messages = source[index].messages
-        text = json.dumps(messages, default=_content_digest)
-        facts = [_file_facts(path) for path in _picture_files(messages)]
+        record = source[index]
+        text = json.dumps([record.messages, record.rejected], default=_content_digest)
+        facts = [_file_facts(path) for path in _picture_files(record.messages)]
     except (UserError, TypeError, OSError, ValueError, KeyError, AttributeError):
         return b""
     return hashlib.blake2b(f"{text} {facts}".encode(), key=vocabulary, digest_size=16).digest()

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from qwenvl_jax.data.mixture import hash_seed
+
 WINDOW = 1024  # records that are packed together; more gain little
 BUCKETS = 4  # row lengths without packing, each compiled once
 BUCKET_STEP = 64  # tokens; row lengths are multiples
@@ -100,7 +102,7 @@ def _batches(passes, tokens, pictures, shape: BatchShape, packing: bool, seed: i
 def _windows(passes: Iterable[np.ndarray], seed: int) -> Iterator[tuple[np.random.Generator, list[int]]]:
     """The records, pass after pass, in windows of about equal size, each pass with random numbers of its own."""
     for epoch, records in enumerate(passes):
-        rng = np.random.default_rng([seed, epoch])
+        rng = np.random.default_rng(hash_seed(seed, epoch))
         for window in np.array_split(records, max(1, -(-len(records) // WINDOW))):
             yield rng, window.tolist()
 

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from qwenvl_jax.config import QwenVLConfig, UserError, VisionConfig
-from qwenvl_jax.data.measure import AllRecords, measure, measure_one
+from qwenvl_jax.data import measure as measuring
+from qwenvl_jax.data.measure import AllRecords, measure
 from qwenvl_jax.data.mixture import Mixture
 from qwenvl_jax.data.record_batches import BatchRecipe, RecordBatches, record_batches
 from qwenvl_jax.data.records import Record
@@ -161,7 +162,8 @@ def test_a_long_record_is_cut_after_its_last_picture_or_left_out(processor):
 
 def test_needed_tokens_reach_to_the_last_picture_and_the_first_answer(processor):
     one = record(5, 2)
-    tokens, pictures, needed = measure_one(one.messages, processor)
+    measures = measure([one], processor)
+    tokens, pictures, needed = (int(values[0]) for values in (measures.tokens, measures.pictures, measures.needed))
     prompt, _ = processor.training(one.messages)
     _, labels = processor.training(one.messages, answers_only=True)
     assert (tokens, pictures) == (len(prompt.input_ids), 2)
@@ -172,7 +174,7 @@ def test_needed_tokens_reach_to_the_last_picture_and_the_first_answer(processor)
 def test_bad_records_end_the_run_or_are_left_out(processor):
     bad = Record([{"role": "user", "content": "no answer"}], "memory:99")
     source = [record(0, 1), bad, *[dataclasses.replace(bad, where=f"memory:{n}") for n in range(100, 106)]]
-    with pytest.raises(UserError, match=r"7 records.*bad_records: skip.*memory:99: messages\[0\].role.*and 2 more"):
+    with pytest.raises(UserError, match=r"7 records.*bad_records: skip.*memory:99: messages\[0\]\.role.*and 2 more"):
         RecordBatches(RECIPE, Mixture([source]), processor, rows=1, epochs=1)
     batches = RecordBatches(
         dataclasses.replace(RECIPE, bad_records="skip"), Mixture([source]), processor, rows=1, epochs=1
@@ -255,3 +257,15 @@ def test_sources_are_mixed_by_weight(processor):
     assert both[3].where == "memory:11"
     with pytest.raises(IndexError):
         both[24]
+
+
+def test_workers_measure_the_same(processor, monkeypatch):
+    bad = Record([{"role": "user", "content": "no answer"}], "memory:99")
+    source = [*records(90).sources[0], bad]
+    alone = measure(source, processor)
+    monkeypatch.setattr(measuring, "FEW", 10)
+    shared = measure(source, processor, workers=1)
+    for field in ("tokens", "pictures", "needed"):
+        assert np.array_equal(getattr(shared, field), getattr(alone, field))
+    assert shared.problems == alone.problems
+    assert list(alone.problems) == [90]
