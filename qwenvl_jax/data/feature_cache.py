@@ -54,22 +54,25 @@ class FeatureCache:
         """Encodes all pictures of the records that are not there yet, and returns how many. Bad records are passed."""
         encode = jax.jit(lambda model, pixels: model.encode_images(pixels))
         waiting: dict[str, np.ndarray] = {}
-        done = 0
+        done: set[str] = set()
 
-        def flush() -> int:
-            pixels = _no_pixels(model, CHUNK)
-            pixels[: len(waiting)] = list(waiting.values())
-            for path, features in zip(waiting, np.asarray(encode(model, pixels)), strict=False):
-                self.write(Path(path), features)
-            count = len(waiting)
+        def flush() -> None:
+            for start in range(0, len(waiting), CHUNK):
+                paths = list(waiting)[start : start + CHUNK]
+                pixels = _no_pixels(model, CHUNK)
+                pixels[: len(paths)] = [waiting[path] for path in paths]
+                for path, features in zip(paths, np.asarray(encode(model, pixels)), strict=False):
+                    self.write(Path(path), features)
+            done.update(waiting)
             waiting.clear()
-            return count
 
         for paths, pixels in ahead(_Missing(self, records, processor), first=0, workers=workers):
-            for path, picture in zip(paths, pixels, strict=True):
-                waiting[path] = picture
-                done += flush() if len(waiting) == CHUNK else 0
-        return done + (flush() if waiting else 0)
+            # What is read ahead may have been written since.
+            waiting |= {path: picture for path, picture in zip(paths, pixels, strict=True) if path not in done}
+            if len(waiting) >= CHUNK:
+                flush()
+        flush()
+        return len(done)
 
 
 class _Missing:

@@ -34,7 +34,7 @@ def processor():
 
 
 def record(number: int, pictures: int, words: int = 4) -> Record:
-    shown = [np.full((3, 3, 3), 5 * number + i, np.uint8) for i in range(pictures)]
+    shown = [np.full((3, 3, 3), (5 * number + i) % 256, np.uint8) for i in range(pictures)]
     asked = [{"type": "image", "image": picture} for picture in shown]
     messages = [
         {"role": "user", "content": [*asked, {"type": "text", "text": f"question {number}"}]},
