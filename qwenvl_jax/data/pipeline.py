@@ -1,6 +1,4 @@
-"""Grain pipelines: random-access rows to batches, drawn ahead in worker processes."""
-
-from functools import partial
+"""Grain pipelines: random-access sources, read ahead in worker processes."""
 
 import grain
 import numpy as np
@@ -23,12 +21,11 @@ class HostRows:
         number, place = divmod(index, len(self.share))  # of the smaller batch, counted over all; in its share
         return self.rows[number * (self.rows.batch_size // self.splits) + self.share[place]]
 
-
-def collate_splits(rows: list[dict[str, np.ndarray]], splits: int, queries: int) -> dict[str, np.ndarray]:
-    """Arrays [splits, ...] of as many batches, each of them as `collate` makes it."""
-    size = len(rows) // splits
-    batches = [collate(rows[start : start + size], queries) for start in range(0, len(rows), size)]
-    return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+    def collate(self, rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Arrays [splits, ...] of as many batches; slots count the pictures of all hosts."""
+        size, queries = len(self.share), self.rows.config.visual.n_queries
+        batches = [collate(rows[i : i + size], queries, self.share.start) for i in range(0, len(rows), size)]
+        return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def batches(rows: SceneRows, *, first: int, workers: int, splits: int = 1, share: range | None = None):
@@ -38,13 +35,23 @@ def batches(rows: SceneRows, *, first: int, workers: int, splits: int = 1, share
     that this host reads, all by default. A row is a pure function of its index, so the number of batches done is all
     the state that the data has.
     """
-    if not flags.FLAGS.is_parsed():  # Grain's worker processes read an absl flag that only absl programs parse
-        flags.FLAGS.mark_as_parsed()
     host = HostRows(rows, splits, range(rows.batch_size // splits) if share is None else share)
     size = splits * len(host.share)
-    reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=size)
-    dataset = grain.MapDataset.source(host)[first * size :].to_iter_dataset(reading)
-    ahead = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2 * size)
-    dataset = dataset.mp_prefetch(ahead)
-    queries = rows.config.visual.n_queries
-    return iter(dataset.batch(size, batch_fn=partial(collate_splits, splits=splits, queries=queries)))
+    return iter(_dataset(host, first * size, workers, buffer=size).batch(size, batch_fn=host.collate))
+
+
+def ahead(source, *, first: int, workers: int):
+    """An iterator over source[first], source[first + 1], ..., in order, each once; without workers, in this process.
+
+    The order is the same for any number of workers.
+    """
+    return iter(_dataset(source, first, workers, buffer=1)) if first < len(source) else iter(())
+
+
+def _dataset(source, first: int, workers: int, buffer: int):
+    """The elements of `source` from number `first` on; each worker keeps `buffer` in the making and as many made."""
+    if not flags.FLAGS.is_parsed():  # Grain's worker processes read an absl flag that only absl programs parse
+        flags.FLAGS.mark_as_parsed()
+    reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=buffer)
+    dataset = grain.MapDataset.source(source)[first:].to_iter_dataset(reading)
+    return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2 * buffer))

@@ -17,7 +17,7 @@ from qwenvl_jax.config import QwenVLConfig, VisionConfig
 from qwenvl_jax.models.resampler import Resampler
 from qwenvl_jax.models.vit import Vit
 from qwenvl_jax.nn import cache as kv_cache
-from qwenvl_jax.nn.attention import PackedBlocks, attend, attend_packed
+from qwenvl_jax.nn.attention import PackedBlocks, PackedRows, attend, attend_packed, attend_rows
 from qwenvl_jax.nn.linear import Embedding, Linear
 from qwenvl_jax.nn.norm import LayerNorm, RMSNorm
 from qwenvl_jax.nn.rope import inverse_frequencies, logn_scale, ntk_alpha, rotary_table, rotate
@@ -35,7 +35,8 @@ REMAT_POLICIES = {
 class Context(NamedTuple):
     """What attention needs to know about a batch of tokens besides the tokens; the same for every layer."""
 
-    mask: jax.Array | PackedBlocks  # bool [B, T, S], True where a query may look, or the masks of packed rows
+    # bool [B, T, S], True where a query may look, or what says the same of packed rows
+    mask: jax.Array | PackedBlocks | PackedRows
     cos: jax.Array  # float32 [B, T, rotary_dim / 2]
     sin: jax.Array
     query_scale: jax.Array | None  # float32 [B, T], logn attention; None in training
@@ -73,6 +74,8 @@ class Block(nnx.Module):
         kept: kv_cache.LayerCache | tuple[jax.Array, jax.Array] = (k, v)
         if isinstance(context.mask, PackedBlocks):
             mixed = attend_packed(q, k, v, context.mask)
+        elif isinstance(context.mask, PackedRows):
+            mixed = attend_rows(q, k, v, context.mask)
         elif cache is None or context.cache_slot is None:
             mixed = attend(q, k, v, context.mask)
         else:
@@ -132,7 +135,7 @@ class QwenVL(nnx.Module):
 
     def context(
         self,
-        mask: jax.Array | PackedBlocks,
+        mask: jax.Array | PackedBlocks | PackedRows,
         positions: jax.Array,
         frequencies: jax.Array,
         *,
@@ -141,8 +144,8 @@ class QwenVL(nnx.Module):
     ) -> Context:
         """Attention context of a batch.
 
-        mask bool [B, T, S]; positions int [B, T]; frequencies float32 [B, rotary_dim / 2] from the function of that
-        name. Training switches logn attention off, as the original does.
+        mask bool [B, T, S], or what stands for it; positions int [B, T]; frequencies float32 [B, rotary_dim / 2] from
+        the function of that name. Training switches logn attention off, as the original does.
         """
         cos, sin = rotary_table(positions, frequencies)
         logn = self.config.use_logn_attn and not training

@@ -60,18 +60,13 @@ class Placement:
         """A copy on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def batches(self, local: dict[str, np.ndarray], queries: int) -> dict[str, jax.Array]:
-        """This process's part [A, ...] of A batches, as global arrays whose second axis is divided over the mesh.
-
-        Slots, which count the features of this process's pictures, are made to count those of all.
-        """
+    def batches(self, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This process's part [A, ...] of A batches, as global arrays whose second axis is divided over the mesh."""
         spec = NamedSharding(self.mesh, PartitionSpec(None, *self.by_batch.spec))
-        processes = self.batch_size // len(self.rows)
-        before = self.rows.start * (local["pixels"].shape[1] // len(self.rows)) * queries
-        local = local | {"slots": np.where(local["slots"] >= 0, local["slots"] + before, -1).astype(np.int32)}
+        shares = self.batch_size // len(self.rows)
 
         def place(value: np.ndarray) -> jax.Array:
-            shape = (value.shape[0], value.shape[1] * processes, *value.shape[2:])
+            shape = (value.shape[0], value.shape[1] * shares, *value.shape[2:])
             return jax.make_array_from_process_local_data(spec, value, shape)
 
         return {name: place(value) for name, value in local.items()}

@@ -16,6 +16,7 @@ import tyro
 import yaml
 
 from qwenvl_jax.config import QwenVLConfig, UserError, VisionConfig
+from qwenvl_jax.data.record_batches import BatchRecipe
 from qwenvl_jax.data.scene_rows import SceneRecipe
 from qwenvl_jax.models.qwen_vl import Remat
 from qwenvl_jax.training.hosts import HostsRecipe
@@ -82,13 +83,30 @@ class AuxiliaryRecipe:
 
 
 @dataclasses.dataclass(frozen=True)
+class RecordsRecipe:
+    """Which records are learnt, in which share; see docs/data.md for the formats."""
+
+    files: tuple[str, ...] = ()  # files, folders or tfds:NAME
+    weights: tuple[float, ...] | None = None  # of each, in the mixture; None: every record once an epoch
+    validation: tuple[str, ...] = ()
+    image_root: str | None = None  # where relative picture paths start; None: the folder of their file
+    epochs: int | None = None  # passes over the records; None: as many as `steps` need
+    batches: BatchRecipe = dataclasses.field(default_factory=BatchRecipe)
+
+    def __post_init__(self):
+        if self.epochs is not None and self.epochs < 1:
+            raise UserError(f"records.epochs is {self.epochs}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """One training run."""
 
     output: str = "runs/run"  # folder of checkpoints, logs, curve and the exported model
     start: str | None = None  # checkpoint folder to go on from; None: a new model of the shape below
     new_model: NewModel = dataclasses.field(default_factory=NewModel)
-    data: SceneRecipe = dataclasses.field(default_factory=SceneRecipe)
+    data: SceneRecipe = dataclasses.field(default_factory=SceneRecipe)  # drawn scenes, where `records` are not given
+    records: RecordsRecipe | None = None
     optimizer: OptimizerRecipe = dataclasses.field(default_factory=OptimizerRecipe)
     auxiliary: AuxiliaryRecipe | None = None
     parts: Parts = dataclasses.field(default_factory=Parts)
@@ -115,6 +133,10 @@ class Recipe:
         for name in positive:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.records is not None and not self.records.files:
+            raise UserError("records.files is empty; name at least one file, folder or tfds:NAME")
+        if self.records is not None and self.auxiliary is not None:
+            raise UserError("auxiliary: its labels are known of drawn scenes alone; leave it out with records")
         if self.batch_size % self.accumulate:
             raise UserError(f"batch_size {self.batch_size} does not divide into accumulate {self.accumulate} parts")
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -15,12 +16,11 @@ from jax.experimental import multihost_utils
 from qwenvl_jax.checkpoints.folder import SmallFiles, locate, small_files
 from qwenvl_jax.checkpoints.huggingface import save_model
 from qwenvl_jax.config import UserError
-from qwenvl_jax.data.pipeline import batches
-from qwenvl_jax.data.scene_rows import SceneRows
 from qwenvl_jax.models.qwen_vl import QwenVL
 from qwenvl_jax.training.build import auxiliary_schedule, build_modules, divide
 from qwenvl_jax.training.checkpoints import Checkpoints
-from qwenvl_jax.training.evaluation import device_batch, evaluate, validation_batches
+from qwenvl_jax.training.data import open_data
+from qwenvl_jax.training.evaluation import evaluate
 from qwenvl_jax.training.hosts import connect
 from qwenvl_jax.training.log import RunLog
 from qwenvl_jax.training.optimizer import make_optimizer, schedule
@@ -63,6 +63,8 @@ def train(recipe: Recipe) -> Path | None:
     _remember_recipe(recipe, output)
     placement = Placement(recipe.mesh, recipe.batch_size // recipe.accumulate)
     modules, config, vocabulary = build_modules(recipe, placement)
+    data = open_data(recipe, config, vocabulary, placement)
+    recipe = dataclasses.replace(recipe, steps=data.steps)
     params, frozen, rebuild = divide(modules, recipe, placement)
     del modules
     optimizer = make_optimizer(recipe.optimizer, params, recipe.steps, recipe.parts)
@@ -70,43 +72,43 @@ def train(recipe: Recipe) -> Path | None:
     state = TrainState(start, params, placement.optimizer(optimizer, params))
     dtype = recipe.dtype if recipe.dtype != "float32" else None
     weight = auxiliary_schedule(recipe)
-    train_step = make_train_step(rebuild, optimizer, weight, dtype=dtype, remat=recipe.remat)
+    train_step = make_train_step(rebuild, optimizer, weight, dtype=dtype, remat=recipe.remat, hidden_of=data.forward)
     step = jax.jit(train_step, donate_argnums=0)
     vision_step = make_train_step(rebuild, optimizer, weight, dtype=dtype, vision_only=True)
     vision_step = jax.jit(vision_step, donate_argnums=0)
     alone = 0 if recipe.auxiliary is None else recipe.auxiliary.alone_steps
-    evaluation_step = jax.jit(make_evaluation_step(rebuild, dtype=dtype), out_shardings=placement.everywhere)
+    evaluation_step = jax.jit(
+        make_evaluation_step(rebuild, dtype=dtype, hidden_of=data.forward), out_shardings=placement.everywhere
+    )
 
-    rows = SceneRows(recipe.data, str(vocabulary), config, recipe.steps, recipe.batch_size)
-    validation_recipe = dataclasses.replace(recipe.data, split="val", curriculum=((0.0, 6),), two_pictures_every=0)
-    validation_rows = SceneRows(validation_recipe, str(vocabulary), config, 1, recipe.batch_size)
-    validation = validation_batches(validation_rows, recipe.evaluate_batches)
     checkpoints = Checkpoints(output / "checkpoints", recipe.keep)
     first = 0
     if checkpoints.latest is not None:
         state = checkpoints.load(state)
         first = int(state.step)
-    data = batches(rows, first=first, workers=recipe.workers, splits=recipe.accumulate, share=placement.rows)
+    batches = data.batches(first)
 
     rate = schedule(recipe.optimizer, recipe.optimizer.learning_rate, recipe.steps)
     with RunLog(output, recipe.steps, first, params | frozen, set(params)) as log, StopRequest() as stop:
+        for note in data.notes:
+            log.console.print(note)
         waited, metrics = 0.0, []
         for number in range(first + 1, recipe.steps + 1):
             began = time.perf_counter()
-            batch = placement.batches(device_batch(next(data)), config.visual.n_queries)
+            batch = placement.batches(next(batches))
             waited += time.perf_counter() - began
             state, step_metrics = (vision_step if number <= alone else step)(state, frozen, batch)
             metrics.append(step_metrics)
             stopping = stop.at(number)
             last = number == recipe.steps
             if number % recipe.log_every == 0 or last or stopping:
-                values = _means(metrics, number)
+                values = _means(metrics, number, data.where)
                 values |= {"learning_rate": float(rate(number)), "data_wait": waited / len(metrics)}
                 log.steps(number, values, len(metrics))
                 waited, metrics = 0.0, []
             result = None
-            if number % recipe.evaluate_every == 0 or last:
-                result = evaluate(evaluation_step, state.params | frozen, validation)
+            if data.validation and (number % recipe.evaluate_every == 0 or last):
+                result = evaluate(evaluation_step, state.params | frozen, data.validation)
                 log.evaluation(number, result)
             if number % recipe.save_every == 0 or last or stopping:
                 checkpoints.save(state, number, result["loss"] if result else None)
@@ -117,13 +119,17 @@ def train(recipe: Recipe) -> Path | None:
     return export(recipe, rebuild(state.params | frozen)["model"], output, vocabulary)
 
 
-def _means(metrics: list[dict[str, jax.Array]], number: int) -> dict[str, float]:
-    """Means over the steps up to `number`. Raises FloatingPointError naming the first with a loss that is no number."""
+def _means(metrics: list[dict[str, jax.Array]], number: int, where: Callable[[int], list[str]]) -> dict[str, float]:
+    """Means over the steps up to `number`.
+
+    Raises FloatingPointError naming the first with a loss that is no number, and what it showed.
+    """
     values = {name: [float(m[name]) for m in metrics] for name in metrics[0]}
     first = number - len(metrics) + 1
     for step, loss in enumerate(values["loss"], first):
         if not np.isfinite(loss):
-            raise FloatingPointError(f"the loss of step {step} is {loss}; the newest checkpoint is from before it")
+            shown = ", ".join(where(step)[:20])
+            raise FloatingPointError(f"the loss of step {step} is {loss}; it was made from {shown}")
     return {name: float(np.mean(column)) for name, column in values.items()}
 
 

@@ -63,13 +63,14 @@ def packed_hidden(model, batch: dict[str, jax.Array], *, remat: Remat = "none") 
     return model(model.embed(batch["ids"], features, batch["slots"]), context, remat=remat)[0], features
 
 
-def batch_loss(modules, batch: dict[str, jax.Array], auxiliary_weight: jax.Array, *, remat: Remat = "none"):
+def batch_loss(modules, batch: dict[str, jax.Array], *, remat: Remat = "none", hidden_of=packed_hidden):
     """Sum of the losses of a packed batch's targets, auxiliary loss (0 without a head), and the number of targets.
 
     modules: {"model": QwenVL, "auxiliary": CellHead or absent}. The batch also has target_positions and targets int [B,
-    K], and cell labels "cell/<name>" when there is an auxiliary head.
+    K], and cell labels "cell/<name>" when there is an auxiliary head. hidden_of: the forward pass for its kind of rows,
+    `packed_hidden` or `record_rows.record_hidden`.
     """
-    hidden, features = packed_hidden(modules["model"], batch, remat=remat)
+    hidden, features = hidden_of(modules["model"], batch, remat=remat)
     total, count = next_token_loss(modules["model"], hidden, batch["target_positions"], batch["targets"])
     return total, auxiliary_loss(modules, features, batch), count
 
@@ -82,15 +83,15 @@ def auxiliary_loss(modules, features: jax.Array, batch: dict[str, jax.Array]) ->
     return cell_loss(modules["auxiliary"](features), labels)
 
 
-def make_evaluation_step(rebuild, *, dtype: str | None = None):
+def make_evaluation_step(rebuild, *, dtype: str | None = None, hidden_of=packed_hidden):
     """(params, batch) -> (loss sum, target count, right bool [B, K]): whether each target is the likeliest token.
 
-    params: all of them, trained and frozen; dtype as in `make_train_step`.
+    params: all of them, trained and frozen; dtype and hidden_of as in `make_train_step`.
     """
 
     def evaluation_step(params: Parameters, batch: dict[str, jax.Array]):
         model = rebuild({name: p if dtype is None else p.astype(dtype) for name, p in params.items()})["model"]
-        hidden, _ = packed_hidden(model, batch)
+        hidden, _ = hidden_of(model, batch)
         total, count = next_token_loss(model, hidden, batch["target_positions"], batch["targets"])
         picked = jnp.take_along_axis(hidden, batch["target_positions"][..., None], axis=1)
         return total, count, jnp.argmax(model.logits(picked), axis=-1) == batch["targets"]
@@ -106,6 +107,7 @@ def make_train_step(
     dtype: str | None = None,
     remat: Remat = "none",
     vision_only: bool = False,
+    hidden_of=packed_hidden,
 ):
     """(state, frozen, batches) -> (state, metrics of float32 scalars); jit it with the state donated.
 
@@ -114,7 +116,8 @@ def make_train_step(
     trained parameters are computed with; None: their own. The optimizer sees float32 parameters and gradients alone, so
     its memory is float32 too, and a bfloat16 parameter is rounded once, after its update.
 
-    `vision_only` trains the vision tower by the auxiliary head alone; all other parameters stay as they are.
+    `vision_only` trains the vision tower by the auxiliary head alone; all other parameters stay as they are. hidden_of:
+    as in `batch_loss`.
     """
 
     def one_batch(params: Parameters, frozen: Parameters, batch, weight, share):
@@ -124,7 +127,7 @@ def make_train_step(
             total, count = jnp.zeros(()), jnp.zeros(())
             auxiliary = auxiliary_loss(modules, modules["model"].encode_images(batch["pixels"]), batch)
             return auxiliary * share[1], (auxiliary * share[1], auxiliary * share[1], count)
-        total, auxiliary, count = batch_loss(modules, batch, weight, remat=remat)
+        total, auxiliary, count = batch_loss(modules, batch, remat=remat, hidden_of=hidden_of)
         loss = total * share[0]
         return loss + weight * auxiliary * share[1], (loss, auxiliary * share[1], count)
 

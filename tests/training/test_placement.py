@@ -9,7 +9,7 @@ import pytest
 
 from qwenvl_jax.config import UserError
 from qwenvl_jax.data.packing import RowShape
-from qwenvl_jax.data.pipeline import HostRows, collate_splits
+from qwenvl_jax.data.pipeline import HostRows
 from qwenvl_jax.data.scene_rows import SceneRecipe, SceneRows
 from qwenvl_jax.training.build import auxiliary_schedule, build_modules, divide
 from qwenvl_jax.training.evaluation import device_batch
@@ -68,8 +68,7 @@ def one_step(recipe: Recipe, steps: int = 1) -> Step:
     metrics = {}
     for number in range(steps):
         drawn = [host[number * size + i] for i in range(size)]
-        local = device_batch(collate_splits(drawn, recipe.accumulate, config.visual.n_queries))
-        state, metrics = step(state, frozen, placement.batches(local, config.visual.n_queries))
+        state, metrics = step(state, frozen, placement.batches(device_batch(host.collate(drawn))))
     after = {path: np.asarray(value) for path, value in (state.params | frozen).items()}
     return Step(before, after, {name: float(value) for name, value in metrics.items()}, state)
 

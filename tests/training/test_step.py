@@ -91,7 +91,7 @@ def test_packed_rows_equal_separate_sequences(model, rows, step):
     batch = device_batch(collate(chosen, rows.config.visual.n_queries))
 
     def packed(model):
-        total, _, count = batch_loss({"model": model}, batch, jnp.zeros(()))
+        total, _, count = batch_loss({"model": model}, batch)
         return total / count
 
     value, grads = jax.jit(jax.value_and_grad(packed))(model)
@@ -105,7 +105,7 @@ def test_recomputing_layers_changes_nothing(model, rows):
     batch = device_batch(collate([rows[0]], rows.config.visual.n_queries))
 
     def loss(model, remat):
-        return batch_loss({"model": model}, batch, jnp.zeros(()), remat=remat)[0]
+        return batch_loss({"model": model}, batch, remat=remat)[0]
 
     def gradients(model, remat):
         return jax.jit(jax.grad(loss), static_argnums=1)(model, remat)
@@ -183,7 +183,7 @@ def test_evaluation_counts_whole_answers(model, rows, config):
         return total, count, hits
 
     chosen = batch
-    result = evaluate(all_right_but_one, params, [batch])
+    result = evaluate(all_right_but_one, params, [(batch, device_batch(batch))])
     names = ["", *KINDS, "conversation"]
     kinds = [
         names[k] for row in range(2) for k in chosen["branch_kind"][row][np.unique(chosen["target_branch"][row])[1:]]
