@@ -109,7 +109,8 @@ def draw_curve(output: Path) -> None:
             if name.startswith("right/"):
                 points = [(row["step"], row[name]) for row in evaluated if name in row]
                 right.plot(*zip(*points, strict=True), label=name.removeprefix("right/"))
-        right.legend(ncols=2, fontsize="small")
+        if right.lines:  # records have no kinds of answers
+            right.legend(ncols=2, fontsize="small")
     left.set(xlabel="step", ylabel="loss per token", yscale="log")
     right.set(xlabel="step", ylabel="answers right", ylim=(0, 1.02))
     if trained:
