@@ -14,6 +14,8 @@ def main() -> int:
     """
     try:
         recipe = parse_arguments(sys.argv[1:])
+        if recipe.records is not None and not recipe.records.files:
+            raise UserError("records.files is empty; name what to learn, for example --records.files mine.json")
         from qwenvl_jax.training.run import train  # JAX starts here; a mistyped flag should not wait for it
 
         folder = train(recipe)

@@ -1,7 +1,8 @@
 """What a run learns from, drawn scenes or records, in the form in which the training loop takes both."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class RunData:
     """
 
     steps: int
-    batches: Callable[[int], Iterator[Batch]]
+    batches: Callable[[int], Generator[Batch]]
     validation: list[tuple[Batch, dict]]
     forward: Callable
     where: Callable[[int], list[str]]
@@ -59,12 +60,14 @@ def _scenes(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: P
         first = (step - 1) * recipe.batch_size
         return [f"{recipe.data.split} scenes of rows {first} to {first + recipe.batch_size - 1}"]
 
+    def from_step(first: int) -> Generator[Batch]:
+        drawn = batches(rows, first=first, workers=recipe.workers, splits=recipe.accumulate, share=placement.rows)
+        with contextlib.closing(drawn):
+            yield from map(device_batch, drawn)
+
     return RunData(
         recipe.steps,
-        lambda first: map(
-            device_batch,
-            batches(rows, first=first, workers=recipe.workers, splits=recipe.accumulate, share=placement.rows),
-        ),
+        from_step,
         [(batch, device_batch(batch)) for batch in validation],
         packed_hidden,
         scenes_of,
@@ -108,9 +111,12 @@ def _records(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: 
             placed = placement.batches({name: value[None] for name, value in held[number].items()})
             validation.append(({}, jax.tree.map(lambda x: x[0], placed)))
 
-    def from_step(first: int) -> Iterator[Batch]:
-        made = record_batches(records, first=first * splits, workers=recipe.workers)
-        return (_stack([batch, *(next(made) for _ in range(splits - 1))]) for batch in made)
+    def from_step(first: int) -> Generator[Batch]:
+        if first * splits >= len(records):
+            return
+        with contextlib.closing(record_batches(records, first=first * splits, workers=recipe.workers)) as made:
+            for _ in range(first, len(records) // splits):
+                yield _stack([next(made) for _ in range(splits)])
 
     notes = [f"left out: {reason}" for reason in records.skipped[:5]]
     if len(records.skipped) > len(notes):

@@ -133,8 +133,6 @@ class Recipe:
         for name in positive:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.records is not None and not self.records.files:
-            raise UserError("records.files is empty; name at least one file, folder or tfds:NAME")
         if self.records is not None and self.auxiliary is not None:
             raise UserError("auxiliary: its labels are known of drawn scenes alone; leave it out with records")
         if self.batch_size % self.accumulate:

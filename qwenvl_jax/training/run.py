@@ -1,5 +1,6 @@
 """A training run from a recipe: build, resume, step, watch, save, export. `train.py` calls `train`."""
 
+import contextlib
 import dataclasses
 import json
 import signal
@@ -81,17 +82,19 @@ def train(recipe: Recipe) -> Path | None:
         make_evaluation_step(rebuild, dtype=dtype, hidden_of=data.forward), out_shardings=placement.everywhere
     )
 
-    checkpoints = Checkpoints(output / "checkpoints", recipe.keep)
-    first = 0
-    if checkpoints.latest is not None:
-        state = checkpoints.load(state)
-        first = int(state.step)
-    batches = data.batches(first)
-
     rate = schedule(recipe.optimizer, recipe.optimizer.learning_rate, recipe.steps)
-    with RunLog(output, recipe.steps, first, params | frozen, set(params)) as log, StopRequest() as stop:
+
+    with (
+        contextlib.closing(Checkpoints(output / "checkpoints", recipe.keep)) as checkpoints,
+        contextlib.closing(data.batches(checkpoints.latest or 0)) as batches,
+        RunLog(output, recipe.steps, checkpoints.latest or 0, params | frozen, set(params)) as log,
+        StopRequest() as stop,
+    ):
         for note in data.notes:
             log.console.print(note)
+        if checkpoints.latest is not None:
+            state = checkpoints.load(state)
+        first = int(state.step)
         waited, metrics = 0.0, []
         for number in range(first + 1, recipe.steps + 1):
             began = time.perf_counter()
@@ -102,7 +105,8 @@ def train(recipe: Recipe) -> Path | None:
             stopping = stop.at(number)
             last = number == recipe.steps
             if number % recipe.log_every == 0 or last or stopping:
-                values = _means(metrics, number, data.where)
+                _check(metrics, number, data.where)
+                values = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
                 values |= {"learning_rate": float(rate(number)), "data_wait": waited / len(metrics)}
                 log.steps(number, values, len(metrics))
                 waited, metrics = 0.0, []
@@ -111,26 +115,19 @@ def train(recipe: Recipe) -> Path | None:
                 result = evaluate(evaluation_step, state.params | frozen, data.validation)
                 log.evaluation(number, result)
             if number % recipe.save_every == 0 or last or stopping:
+                _check(metrics, number, data.where)
                 checkpoints.save(state, number, result["loss"] if result else None)
             if stopping and not last:
-                checkpoints.close()
                 return None
-        checkpoints.close()
     return export(recipe, rebuild(state.params | frozen)["model"], output, vocabulary)
 
 
-def _means(metrics: list[dict[str, jax.Array]], number: int, where: Callable[[int], list[str]]) -> dict[str, float]:
-    """Means over the steps up to `number`.
-
-    Raises FloatingPointError naming the first with a loss that is no number, and what it showed.
-    """
-    values = {name: [float(m[name]) for m in metrics] for name in metrics[0]}
-    first = number - len(metrics) + 1
-    for step, loss in enumerate(values["loss"], first):
-        if not np.isfinite(loss):
-            shown = ", ".join(where(step)[:20])
-            raise FloatingPointError(f"the loss of step {step} is {loss}; it was made from {shown}")
-    return {name: float(np.mean(column)) for name, column in values.items()}
+def _check(metrics: list[dict[str, jax.Array]], number: int, where: Callable[[int], list[str]]) -> None:
+    """Raises FloatingPointError if a loss of the steps up to `number` is no number, naming the step and what it saw."""
+    for step, values in enumerate(metrics, number - len(metrics) + 1):
+        if not np.isfinite(values["loss"]):
+            seen = ", ".join(where(step)[:20])
+            raise FloatingPointError(f"the loss of step {step} is {float(values['loss'])}; it was made from {seen}")
 
 
 def export(recipe: Recipe, model: QwenVL, output: Path, vocabulary: Path) -> Path:
