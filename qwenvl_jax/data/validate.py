@@ -233,8 +233,10 @@ def validate(options: argparse.Namespace) -> int:
         return 1
     count = len(records) if options.limit is None else min(options.limit, len(records))
     examined = check(records, processor, options.max_length, options.limit)
-    bar = Progress(console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty())
-    with bar:
+    console = Console(stderr=True)
+    with Progress(
+        console=console, transient=True, redirect_stdout=sys.stdout.isatty(), disable=not console.is_terminal
+    ) as bar:
         for seen in bar.track(examined, total=count, description="checking"):
             for problem in seen.problems:
                 print(problem)

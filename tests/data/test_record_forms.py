@@ -1,5 +1,6 @@
 """The forms of rows: what becomes of each, that training gets the original's tokens, and what is refused by name."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from qwenvl_jax.data.problems import RecordError
 from qwenvl_jax.data.record_forms import read_row
 from qwenvl_jax.processing import legacy
 from qwenvl_jax.processing.processor import Processor
+from qwenvl_jax.processing.tokenizer import Tokenizer
 
 TESTS = Path(__file__).parents[1]
 FIXTURES = TESTS / "fixtures"
@@ -43,20 +45,31 @@ def chat(*contents) -> dict:
     return {"messages": [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]}
 
 
-def check_tokens(row: dict, input_ids, labels) -> None:
+def check_tokens(conversation, input_ids, labels, reader: Processor = processor) -> None:
     """Training reads these ids and labels, but for the path bytes in a picture's span, which it does not need."""
-    prompt, own_labels = processor.training(messages(row))
+    prompt, own_labels = reader.training(conversation)
     count = len(own_labels)
     spans = prompt.image_slots >= 0
-    np.testing.assert_array_equal(prompt.input_ids, np.where(spans, tokenizer.image_pad_id, input_ids[:count]))
+    np.testing.assert_array_equal(prompt.input_ids, np.where(spans, reader.tokenizer.image_pad_id, input_ids[:count]))
     assert own_labels.tolist() == list(labels[:count])
-    assert all(token == tokenizer.eod_id for token in input_ids[count:])
+    assert all(token == reader.tokenizer.eod_id for token in input_ids[count:])
 
 
 @pytest.mark.parametrize("case", E2E["finetune"][:2], ids=lambda case: str(case["max_len"]))
 def test_rows_give_the_tokens_and_labels_of_the_original(case):
     for number, conversation in enumerate(case["conversations"]):
-        check_tokens({"conversations": conversation}, case["input_ids"][number], case["labels"][number])
+        check_tokens(messages({"conversations": conversation}), case["input_ids"][number], case["labels"][number])
+
+
+def test_rows_give_the_tokens_of_the_released_vocabulary(real_vocabulary, tmp_path):
+    visual = dataclasses.replace(processor.config.visual, image_start_id=151857)
+    config = dataclasses.replace(processor.config, vocab_size=151936, visual=visual)
+    released = Processor(Tokenizer.from_file(real_vocabulary), config)
+    case = json.loads((TESTS / "golden" / "tokenizer_golden.json").read_text("utf-8"))["finetune_preprocess"]
+    (tmp_path / "a.png").write_bytes((FIXTURES / SHAPES).read_bytes())
+    for number, conversation in enumerate(case["conversations"]):
+        row = read_row({"conversations": conversation}, tmp_path)
+        check_tokens(row.messages, case["input_ids"][number], case["labels"][number], released)
 
 
 numbers = st.integers(0, 499), st.integers(500, 999)  # a left or top edge, a right or bottom one
@@ -80,7 +93,7 @@ def test_any_notation_gives_the_tokens_of_the_original(conversation, path):
     row = turns(*values)
     whole = legacy.finetune_preprocess(tokenizer, [row["conversations"]], 2000)
     assert whole["input_ids"][0, -1] == tokenizer.eod_id, "the row was cut"
-    check_tokens(row, whole["input_ids"][0], whole["labels"][0])
+    check_tokens(messages(row), whole["input_ids"][0], whole["labels"][0])
 
 
 def test_sharegpt():
