@@ -71,7 +71,7 @@ def examine(record: Record, processor: Processor, max_length: int | None = None)
         answers.append(("rejected", *processor.training(messages, answers_only=True)))
     for field, whole, targets in answers:
         found += _length_problems(record, field, whole, targets, max_length)
-    return Examination(found, tokens, pictures, cut=tokens > max_length)
+    return Examination(found, tokens, pictures, needed, cut=tokens > max_length)
 
 
 def fit(prompt: Prompt, labels: np.ndarray, max_length: int) -> tuple[Prompt, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import pickle
 
 import numpy as np
@@ -13,7 +14,7 @@ from qwenvl_jax.data import measure as measuring
 from qwenvl_jax.data.measure import AllRecords, measure
 from qwenvl_jax.data.mixture import Mixture
 from qwenvl_jax.data.record_batches import BatchRecipe, RecordBatches, record_batches
-from qwenvl_jax.data.records import Record
+from qwenvl_jax.data.records import Record, open_records
 from qwenvl_jax.processing.processor import Processor
 from qwenvl_jax.processing.template import IGNORED
 from qwenvl_jax.processing.tokenizer import Tokenizer
@@ -269,3 +270,24 @@ def test_workers_measure_the_same(processor, monkeypatch):
         assert np.array_equal(getattr(shared, field), getattr(alone, field))
     assert shared.problems == alone.problems
     assert list(alone.problems) == [90]
+
+
+def test_records_of_a_file_become_batches(processor, tmp_path):
+    Image.new("RGB", (6, 4), "red").save(tmp_path / "red.png")
+    rows = [
+        {"from": "user", "value": "Picture 1: <img>red.png</img>\nWhat colour?"},
+        {"from": "assistant", "value": "<ref>red</ref><box>(0,0),(1000,1000)</box>"},
+    ]
+    path = tmp_path / "mine.jsonl"
+    lines = [{"id": str(number), "conversations": rows} for number in range(3)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    mixture = Mixture([open_records(str(path))])
+    batches = RecordBatches(RECIPE, mixture, processor, rows=1, epochs=1, cache=tmp_path / "measures.npz")
+    assert sorted(place for number in range(len(batches)) for place in batches.where(number)) == [
+        f"{path}:{line}" for line in (1, 2, 3)
+    ]
+    contents(batches, pickle.loads(pickle.dumps(batches))[0], 0)
+    lines[1]["conversations"][1]["value"] = ""
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=r"mine.jsonl:\d: conversations\[1\].value: the answer is empty"):
+        RecordBatches(RECIPE, Mixture([open_records(str(path))]), processor, rows=1, epochs=1)
