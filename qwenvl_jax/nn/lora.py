@@ -100,14 +100,11 @@ class AdaptedLinear(nnx.Module):
         self.base = base
         self.a = nnx.Param(a, axes=(axes[0], None))
         self.b = nnx.Param(jnp.zeros((*front, recipe.rank, *shape[1:])), axes=(None, *axes[1:]))
-        self.magnitude = None
-        if recipe.use_dora:
-            if rngs is None:
-                lengths = jnp.zeros((*front, *shape[1:]))
-            else:
-                kernel = dense_kernel(base, shape[0]) if stack is None else _dense_kernels(base, shape[0])
-                lengths = _lengths(kernel, len(front))
-            self.magnitude = nnx.Param(lengths, axes=axes[1:])
+        lengths = jnp.zeros((*front, *shape[1:]))
+        if recipe.use_dora and rngs is not None:
+            kernel = dense_kernel(base, shape[0]) if stack is None else _dense_kernels(base, shape[0])
+            lengths = _lengths(kernel, len(front))
+        self.magnitude = nnx.Param(lengths, axes=axes[1:]) if recipe.use_dora else None
         self.scale = recipe.scale
         self.dropout = recipe.dropout
         self.key: nnx.Variable | None = nnx.data(None)  # set by `with_dropout` for one step of training
@@ -146,7 +143,7 @@ class AdaptedLinear(nnx.Module):
             front = self.a[...].ndim - 2
             strength = self.magnitude[...] / _lengths(merged, front)
             merged = merged * jnp.expand_dims(strength, front)
-        result.kernel[...] = merged.astype(kernel.dtype)
+        result.kernel = self.base.kernel.replace(merged.astype(kernel.dtype))  # the base keeps its own
         return result
 
     def _change(self, x: jax.Array, dtype, b: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -183,7 +180,7 @@ def _dense_kernels(stacked: Any, in_dim: int) -> jax.Array:
 
 
 def copy(module: Any) -> Any:
-    """A copy of the structure of a module; the arrays are shared."""
+    """A copy of the structure of a module; its variables are shared, so set attributes and not their values."""
     return nnx.merge(*nnx.split(module))
 
 
