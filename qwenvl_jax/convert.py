@@ -1,4 +1,7 @@
-"""`qwenvl-convert`: a checkpoint folder in another format or dtype. All the work is in `checkpoints/`."""
+"""`qwenvl-convert`: a checkpoint folder in another format or dtype, or with an adapter merged in.
+
+All the work is in `checkpoints/`.
+"""
 
 import argparse
 import sys
@@ -12,20 +15,28 @@ from rich.table import Table
 
 from qwenvl_jax.checkpoints import huggingface, orbax
 from qwenvl_jax.checkpoints.folder import check_free, locate, small_files
+from qwenvl_jax.checkpoints.peft import load_adapter
 from qwenvl_jax.config import UserError
+from qwenvl_jax.nn.lora import merge_adapters
 from qwenvl_jax.sharding import param_paths
 
 WRITERS = {"safetensors": huggingface.save_model, "orbax": orbax.save_model}
 
 
 def convert(
-    source: str | Path, destination: str | Path, *, format: str = "safetensors", dtype: str | None = None
+    source: str | Path,
+    destination: str | Path,
+    *,
+    format: str = "safetensors",
+    dtype: str | None = None,
+    merge_adapter: str | Path | None = None,
 ) -> Table:
     """Writes the checkpoint `source` (a folder, "tiny" or a hub name) to the folder `destination`.
 
     format: "safetensors" (the Hugging Face layout) or "orbax"; dtype: "float32", "bfloat16", "float16", default as
-    stored. Needs main memory for the model and no accelerator. Returns a summary to print. Raises UserError, among
-    others if `destination` holds something already.
+    stored. merge_adapter: a folder in PEFT's format, whose adapter is added into the weights. Needs main memory for the
+    model and no accelerator. Returns a summary to print. Raises UserError, among others if `destination` holds
+    something already.
     """
     folder, destination = locate(source), Path(destination).expanduser()
     if destination.exists() and destination.samefile(folder):
@@ -33,11 +44,15 @@ def convert(
     check_free(destination)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         model = huggingface.load_model(folder, dtype=dtype, stacked=format == "orbax")  # as the format has the layers
+        if merge_adapter is not None:
+            model = merge_adapters(load_adapter(model, merge_adapter))
         WRITERS[format](model, destination, **small_files(folder))
     leaves = param_paths(model).values()
     table = Table("", "", show_header=False)
     table.add_row("from", str(folder))
     table.add_row("to", f"{destination} ({format})")
+    if merge_adapter is not None:
+        table.add_row("merged", str(merge_adapter))
     table.add_row("tensors", f"{len(huggingface.checkpoint_tensors(model.config)):,}")
     table.add_row("parameters", f"{sum(leaf.size for leaf in leaves):,}")
     table.add_row("bytes", f"{sum(leaf.nbytes for leaf in leaves):,}")
@@ -47,14 +62,21 @@ def convert(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 0, or 2 for a mistake of the user's, explained in one line."""
-    parser = argparse.ArgumentParser(prog="qwenvl-convert", description="A checkpoint in another format or dtype.")
+    parser = argparse.ArgumentParser(prog="qwenvl-convert", description="A checkpoint in another format or dtype, or merged.")
     parser.add_argument("source", help='a checkpoint folder, "tiny", or a hub name such as Qwen/Qwen-VL-Chat')
     parser.add_argument("destination", help="a folder that does not exist yet or is empty")
     parser.add_argument("--format", choices=sorted(WRITERS), default="safetensors", help="default: %(default)s")
     parser.add_argument("--dtype", choices=huggingface.FLOATS, help="default: as stored")
+    parser.add_argument("--merge-adapter", metavar="DIR", help="add the LoRA adapter of this folder into the weights")
     given = parser.parse_args(arguments)
     try:
-        table = convert(given.source, given.destination, format=given.format, dtype=given.dtype)
+        table = convert(
+            given.source,
+            given.destination,
+            format=given.format,
+            dtype=given.dtype,
+            merge_adapter=given.merge_adapter,
+        )
     except UserError as error:
         print(f"qwenvl-convert: {error}", file=sys.stderr)
         return 2

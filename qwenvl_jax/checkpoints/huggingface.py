@@ -199,7 +199,7 @@ def save_model(
     wanted = checkpoint_tensors(model.config)
     leaves = parameters_of(model, wanted)
     described = {t.name: (t.shape, np.dtype(leaves[t][0].dtype)) for t in wanted}
-    values = (t.from_parameter(_host_value(*leaves[t])) for t in wanted)
+    values = (t.from_parameter(host_value(*leaves[t])) for t in wanted)
     if jax.process_index() != 0:
         for _ in values:  # takes part in gathering what is spread over processes
             pass
@@ -243,7 +243,7 @@ def parameters_of(model: QwenVL, wanted: list[Tensor]) -> dict[Tensor, tuple[jax
     return result
 
 
-def _host_value(leaf: jax.Array, layer: int | None) -> np.ndarray:
+def host_value(leaf: jax.Array, layer: int | None) -> np.ndarray:
     """An array, or one layer of a stack, on the host."""
     # Always through a temporary: an array keeps the host copy that is made of it.
     part = jnp.copy(leaf) if layer is None else take_layer(leaf, layer)
