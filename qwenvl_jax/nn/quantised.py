@@ -161,6 +161,10 @@ class Int4Linear(QuantisedLinear):
         order = jnp.arange(len(kernel), dtype=jnp.int32) if ordered else None
         return cls(codes, scale, zero, axes=_axes(linear.kernel), group_size=group_size, order=order, bias=linear.bias)
 
+    @property
+    def in_dim(self) -> int:
+        return 2 * self.codes.shape[-len(_axes(self.codes))]  # whether or not layers are stacked in front
+
     def __call__(self, x: jax.Array) -> jax.Array:
         return super().__call__(x if self.order is None else x[..., self.order[...]])
 
@@ -234,10 +238,14 @@ class NF4Linear(QuantisedLinear):
 
 def dense(linear: QuantisedLinear, dtype) -> Linear:
     """A `Linear` with the dequantised weights. For one layer; `jax.vmap` it over stacked ones."""
-    axes = _axes(linear.codes)
-    result = Linear(1, 1, axes=axes, dtype=dtype, rngs=nnx.Rngs(0))
-    result.kernel = nnx.Param(linear.dequantised(dtype), axes=axes)
-    result.bias = linear.bias
+    return linear_of(linear.dequantised(dtype), axes=_axes(linear.codes), bias=linear.bias)
+
+
+def linear_of(kernel: jax.Array, *, axes: tuple[str | None, ...], bias: nnx.Param | None = None) -> Linear:
+    """A `Linear` with this kernel [in, *out]."""
+    result = Linear(1, 1, axes=axes, dtype=kernel.dtype, rngs=nnx.Rngs(0))
+    result.kernel = nnx.Param(kernel, axes=axes)
+    result.bias = bias
     return result
 
 
