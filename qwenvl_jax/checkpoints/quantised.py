@@ -156,7 +156,7 @@ def _abstract(config: QwenVLConfig, quantisation: Quantisation, biased: set[str]
             if linear.bias is None:
                 kernel = linear.kernel
                 shape = (kernel.shape[0], *kernel.shape[2:])
-                linear.bias = nnx.Param(jnp.zeros(shape), axes=kernel.get_metadata()["axes"][1:])
+                linear.bias = nnx.data(nnx.Param(jnp.zeros(shape), axes=kernel.get_metadata()["axes"][1:]))
         model = quantise(model, quantisation)
         return model if stacked else unstack(model)
 

@@ -245,7 +245,8 @@ def linear_of(kernel: jax.Array, *, axes: tuple[str | None, ...], bias: nnx.Para
     """A `Linear` with this kernel [in, *out]."""
     result = Linear(1, 1, axes=axes, dtype=kernel.dtype, rngs=nnx.Rngs(0))
     result.kernel = nnx.Param(kernel, axes=axes)
-    result.bias = bias
+    if bias is not None:
+        result.bias = nnx.data(bias)
     return result
 
 
