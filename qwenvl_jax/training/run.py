@@ -19,6 +19,7 @@ from qwenvl_jax.config import QwenVLConfig, UserError
 from qwenvl_jax.data.pipeline import batches
 from qwenvl_jax.data.scene_rows import SceneRows
 from qwenvl_jax.data.scenes import COLORS, GLYPHS, SHAPES, SIZES
+from qwenvl_jax.models.quantised import quantised_linears
 from qwenvl_jax.models.qwen_vl import QwenVL, unstack
 from qwenvl_jax.processing.tokenizer import Tokenizer
 from qwenvl_jax.training.auxiliary import CellHead, CellTargets, start_local
@@ -45,6 +46,8 @@ def build_modules(recipe: Recipe) -> tuple[dict[str, nnx.Module], QwenVLConfig, 
         folder = locate(recipe.start)
         config, vocabulary = read_config(folder), folder / VOCABULARY
         model = load_model(folder, dtype="float32", stacked=True)
+        if quantised_linears(model):
+            raise UserError(f"{folder}: the weights are quantised, and these cannot be trained; start from float ones")
     # Few layers run faster one by one; a deep stack is scanned, or compiling takes minutes.
     modules: dict[str, nnx.Module] = {"model": unstack(model) if config.num_hidden_layers <= 8 else model}
     if recipe.auxiliary is not None:
