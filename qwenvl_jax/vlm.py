@@ -267,6 +267,7 @@ def load(
     checkpoint: str | os.PathLike = "tiny",
     *,
     dtype: Any = None,
+    quantize: str | None = None,
     mesh: Mesh | None = None,
     adapter: str | os.PathLike | None = None,
     allow_url: bool = False,
@@ -276,6 +277,8 @@ def load(
 
     checkpoint: "tiny", which ships with the package, a folder in the Hugging Face layout, or a hub name.
     dtype: "float32", "bfloat16" or "float16"; by default as stored, and float32 on CPUs, which are slow at the others.
+    quantize: "int8", "int4" or "nf4" keeps the language model's weights in 8 or 4 bits (docs/quantisation.md); a
+    folder that is quantised (GPTQ) is recognised without.
     mesh: devices over which the parameters are split (see sharding.py); by default one.
     adapter: a folder in PEFT's format whose adapter is active, unmerged; see checkpoints/peft.py.
     allow_url: whether messages may name pictures by http(s) URL.
@@ -293,7 +296,7 @@ def load(
         dtype = jnp.dtype(dtype).name
     loader = functools.partial(load_image, allow_url=allow_url, mode=image_mode)
     processor = Processor.from_folder(folder, read_config(folder), load=loader)
-    model = load_model(folder, dtype=dtype, mesh=mesh)
+    model = load_model(folder, dtype=dtype, mesh=mesh, quantize=quantize)
     if adapter is not None:
         model = load_adapter(model, os.fspath(adapter), mesh=mesh)
     try:

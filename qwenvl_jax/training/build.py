@@ -13,6 +13,7 @@ from qwenvl_jax.checkpoints.folder import VOCABULARY, locate, read_config
 from qwenvl_jax.checkpoints.huggingface import load_model
 from qwenvl_jax.config import QwenVLConfig, UserError
 from qwenvl_jax.data.scenes import COLORS, GLYPHS, SHAPES, SIZES
+from qwenvl_jax.models.quantised import quantised_linears
 from qwenvl_jax.models.qwen_vl import QwenVL, unstack
 from qwenvl_jax.processing.tokenizer import Tokenizer
 from qwenvl_jax.training.auxiliary import CellHead, CellTargets, start_local
@@ -39,6 +40,8 @@ def build_modules(recipe: Recipe, placement: Placement) -> tuple[dict[str, nnx.M
         folder = locate(recipe.start)
         config, vocabulary = read_config(folder), folder / VOCABULARY
         model = load_model(folder, mesh=placement.mesh, rules=placement.rules, stacked=True)
+        if quantised_linears(model):
+            raise UserError(f"{folder}: the weights are quantised, and these cannot be trained; start from float ones")
     modules: dict[str, nnx.Module] = {"model": unstack(model) if config.num_hidden_layers <= FEW_LAYERS else model}
     if recipe.auxiliary is not None:
         targets = CellTargets(*(1 + len(names) for names in (COLORS, SHAPES, SIZES, GLYPHS)))
