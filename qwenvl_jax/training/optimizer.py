@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
@@ -74,16 +75,21 @@ def matrix_axes(path: str, value: jax.Array) -> MuonDimensionNumbers | None:
 
 
 def decays(path: str) -> bool:
-    """Weight decay is for matrices; norms, biases, queries and position tables keep their scale."""
-    return path.endswith(("kernel", "table"))
+    """Weight decay is for matrices, those of adapters too; norms, biases, queries and position tables keep their scale."""
+    return path.endswith(("kernel", "table", ".a", ".b"))
 
 
 def make_optimizer(
-    recipe: OptimizerRecipe, params: dict[str, jax.Array], steps: int, parts: Parts | None = None
+    recipe: OptimizerRecipe,
+    params: dict[str, jax.Array],
+    steps: int,
+    parts: Parts | None = None,
+    ratios: Mapping[str, float] | None = None,
 ) -> optax.GradientTransformation:
     """The optimizer of a run of `steps` updates over the trained `params`, arrays by path.
 
-    `parts` may give some of them a learning rate of their own: the schedule is scaled for them, weight decay with it.
+    `parts` may give some of them a learning rate of their own, `ratios` a factor: the schedule is scaled for them, and
+    weight decay with it.
     """
     rate = schedule(recipe, recipe.learning_rate, steps)
     mask = {path: decays(path) for path in params}
@@ -109,18 +115,23 @@ def make_optimizer(
             adam_learning_rate=schedule(recipe, recipe.adam_learning_rate or recipe.learning_rate, steps),
             muon_weight_dimension_numbers=axes,
         )
-    return optax.chain(optax.clip_by_global_norm(recipe.clip_norm), core, *_own_rates(recipe, params, parts))
+    return optax.chain(
+        optax.clip_by_global_norm(recipe.clip_norm), core, *_own_rates(recipe, params, parts, ratios or {})
+    )
 
 
-def _own_rates(recipe: OptimizerRecipe, params, parts: Parts | None) -> list[optax.GradientTransformation]:
-    """What scales the updates of parts with a rate of their own; nothing where there are none."""
+def _own_rates(
+    recipe: OptimizerRecipe, params, parts: Parts | None, ratios: Mapping[str, float]
+) -> list[optax.GradientTransformation]:
+    """What scales the updates of parameters with a rate of their own; nothing where there are none."""
 
-    def usual(path: str, value: jax.Array) -> float:
+    def scale(path: str, value: jax.Array) -> float:
         by_adam = recipe.name == "muon" and matrix_axes(path, value) is None
-        return (recipe.adam_learning_rate if by_adam else None) or recipe.learning_rate
+        usual = (recipe.adam_learning_rate if by_adam else None) or recipe.learning_rate
+        own = parts.of(path).learning_rate if parts else None
+        return (own or usual) / usual * ratios.get(path, 1.0)
 
-    wanted = {path: parts.of(path).learning_rate for path in params} if parts else {}
-    scales = {path: own / usual(path, params[path]) for path, own in wanted.items() if own is not None}
-    if not scales:
+    scales = {path: scale(path, value) for path, value in params.items()}
+    if set(scales.values()) == {1.0}:
         return []
-    return [optax.stateless(lambda updates, _: {path: u * scales.get(path, 1.0) for path, u in updates.items()})]
+    return [optax.stateless(lambda updates, _: {path: u * scales[path] for path, u in updates.items()})]

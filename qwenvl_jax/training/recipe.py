@@ -19,6 +19,7 @@ from qwenvl_jax.config import QwenVLConfig, UserError, VisionConfig
 from qwenvl_jax.data.record_batches import BatchRecipe
 from qwenvl_jax.data.scene_rows import SceneRecipe
 from qwenvl_jax.models.qwen_vl import Remat
+from qwenvl_jax.nn.lora import LoraRecipe
 from qwenvl_jax.training.hosts import HostsRecipe
 from qwenvl_jax.training.optimizer import OptimizerRecipe
 from qwenvl_jax.training.parts import Parts
@@ -104,6 +105,8 @@ class Recipe:
 
     output: str = "runs/run"  # folder of checkpoints, logs, curve and the exported model
     start: str | None = None  # checkpoint folder to go on from; None: a new model of the shape below
+    lora: LoraRecipe | None = None  # train an adapter beside `start`, which stays as it is
+    quantize: typing.Literal["int8", "int4", "nf4"] | None = None  # hold the weights under the adapter so (QLoRA: nf4)
     new_model: NewModel = dataclasses.field(default_factory=NewModel)
     data: SceneRecipe = dataclasses.field(default_factory=SceneRecipe)  # drawn scenes, where `records` are not given
     records: RecordsRecipe | None = None
@@ -133,6 +136,12 @@ class Recipe:
         for name in positive:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if (self.lora is not None or self.quantize is not None) and self.start is None:
+            raise UserError("lora and quantize go with a checkpoint; name one with start")
+        if self.quantize is not None and self.lora is None:
+            raise UserError(
+                "quantize: quantised weights cannot be trained; add lora, which trains an adapter beside them"
+            )
         if self.records is not None and self.auxiliary is not None:
             raise UserError("auxiliary: its labels are known of drawn scenes alone; leave it out with records")
         if self.batch_size % self.accumulate:

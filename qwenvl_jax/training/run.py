@@ -6,6 +6,7 @@ import json
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,9 +17,10 @@ from jax.experimental import multihost_utils
 
 from qwenvl_jax.checkpoints.folder import SmallFiles, locate, small_files
 from qwenvl_jax.checkpoints.huggingface import save_model
+from qwenvl_jax.checkpoints.peft import save_adapter
 from qwenvl_jax.config import UserError
 from qwenvl_jax.models.qwen_vl import QwenVL
-from qwenvl_jax.training.build import auxiliary_schedule, build_modules, divide
+from qwenvl_jax.training.build import auxiliary_schedule, build_modules, divide, lora_recipe, rate_ratios
 from qwenvl_jax.training.checkpoints import Checkpoints
 from qwenvl_jax.training.data import open_data
 from qwenvl_jax.training.evaluation import evaluate
@@ -67,13 +69,15 @@ def train(recipe: Recipe) -> Path | None:
     data = open_data(recipe, config, vocabulary, placement)
     recipe = dataclasses.replace(recipe, steps=data.steps)
     params, frozen, rebuild = divide(modules, recipe, placement)
+    optimizer = make_optimizer(recipe.optimizer, params, recipe.steps, recipe.parts, rate_ratios(modules, recipe))
     del modules
-    optimizer = make_optimizer(recipe.optimizer, params, recipe.steps, recipe.parts)
     start = jax.device_put(jnp.zeros((), jnp.int32), placement.everywhere)
     state = TrainState(start, params, placement.optimizer(optimizer, params))
     dtype = recipe.dtype if recipe.dtype != "float32" else None
     weight = auxiliary_schedule(recipe)
-    train_step = make_train_step(rebuild, optimizer, weight, dtype=dtype, remat=recipe.remat, hidden_of=data.forward)
+    dropout = jax.random.key(recipe.seed) if recipe.lora is not None and recipe.lora.dropout > 0 else None
+    options = {"remat": recipe.remat, "hidden_of": data.forward, "dropout": dropout}
+    train_step = make_train_step(rebuild, optimizer, weight, dtype=dtype, **options)
     step = jax.jit(train_step, donate_argnums=0)
     vision_step = make_train_step(rebuild, optimizer, weight, dtype=dtype, vision_only=True)
     vision_step = jax.jit(vision_step, donate_argnums=0)
@@ -112,14 +116,15 @@ def train(recipe: Recipe) -> Path | None:
                 waited, metrics = 0.0, []
             result = None
             if data.validation and (number % recipe.evaluate_every == 0 or last):
-                result = evaluate(evaluation_step, state.params | frozen, data.validation)
+                result = evaluate(partial(evaluation_step, state.params, frozen), data.validation)
                 log.evaluation(number, result)
             if number % recipe.save_every == 0 or last or stopping:
                 _check(metrics, number, data.where)
                 checkpoints.save(state, number, result["loss"] if result else None)
             if stopping and not last:
                 return None
-    return export(recipe, rebuild(state.params | frozen)["model"], output, vocabulary)
+    model = rebuild(state.params | frozen)["model"]
+    return export(recipe, model, output, vocabulary) if recipe.lora is None else export_adapter(recipe, model, output)
 
 
 def _check(metrics: list[dict[str, jax.Array]], number: int, where: Callable[[int], list[str]]) -> None:
@@ -142,6 +147,14 @@ def export(recipe: Recipe, model: QwenVL, output: Path, vocabulary: Path) -> Pat
         return folder
     model = jax.tree.map(lambda x: x.astype(recipe.export_dtype), model)
     save_model(model, folder, **small)
+    return folder
+
+
+def export_adapter(recipe: Recipe, model: QwenVL, output: Path) -> Path:
+    """Writes the adapter in PEFT's format, `output/adapter-STEPS`."""
+    folder = output / f"adapter-{recipe.steps}"
+    if not folder.exists():
+        save_adapter(model, folder, lora_recipe(recipe), base=recipe.start)
     return folder
 
 

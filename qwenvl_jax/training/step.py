@@ -11,6 +11,7 @@ import optax
 
 from qwenvl_jax.models.qwen_vl import Remat, frequencies
 from qwenvl_jax.nn.attention import packed_blocks
+from qwenvl_jax.nn.lora import with_dropout
 from qwenvl_jax.training.auxiliary import cell_loss
 from qwenvl_jax.training.loss import next_token_loss
 
@@ -84,13 +85,15 @@ def auxiliary_loss(modules, features: jax.Array, batch: dict[str, jax.Array]) ->
 
 
 def make_evaluation_step(rebuild, *, dtype: str | None = None, hidden_of=packed_hidden):
-    """(params, batch) -> (loss sum, target count, right bool [B, K]): whether each target is the likeliest token.
+    """(params, frozen, batch) -> (loss sum, target count, right bool [B, K]): whether each target is the likeliest
+    token.
 
-    params: all of them, trained and frozen; dtype and hidden_of as in `make_train_step`.
+    frozen, dtype and hidden_of as in `make_train_step`.
     """
 
-    def evaluation_step(params: Parameters, batch: dict[str, jax.Array]):
-        model = rebuild({name: p if dtype is None else p.astype(dtype) for name, p in params.items()})["model"]
+    def evaluation_step(params: Parameters, frozen: Parameters, batch: dict[str, jax.Array]):
+        params = {name: p if dtype is None else p.astype(dtype) for name, p in params.items()}
+        model = rebuild(params | frozen)["model"]
         hidden, _ = hidden_of(model, batch)
         total, count = next_token_loss(model, hidden, batch["target_positions"], batch["targets"])
         picked = jnp.take_along_axis(hidden, batch["target_positions"][..., None], axis=1)
@@ -108,6 +111,7 @@ def make_train_step(
     remat: Remat = "none",
     vision_only: bool = False,
     hidden_of=packed_hidden,
+    dropout: jax.Array | None = None,
 ):
     """(state, frozen, batches) -> (state, metrics of float32 scalars); jit it with the state donated.
 
@@ -117,12 +121,14 @@ def make_train_step(
     its memory is float32 too, and a bfloat16 parameter is rounded once, after its update.
 
     `vision_only` trains the vision tower by the auxiliary head alone; all other parameters stay as they are. hidden_of:
-    as in `batch_loss`.
+    as in `batch_loss`. dropout: the key of the run, for adapters that drop in training; None: nothing is dropped.
     """
 
-    def one_batch(params: Parameters, frozen: Parameters, batch, weight, share):
+    def one_batch(params: Parameters, frozen: Parameters, batch, weight, share, key):
         """This batch's part of the loss, and the numbers that are logged. share: 1 / (targets, batches) of the step."""
         modules = rebuild({name: p if dtype is None else p.astype(dtype) for name, p in params.items()} | frozen)
+        if key is not None:
+            modules = modules | {"model": with_dropout(modules["model"], key)}
         if vision_only:
             total, count = jnp.zeros(()), jnp.zeros(())
             auxiliary = auxiliary_loss(modules, modules["model"].encode_images(batch["pixels"]), batch)
@@ -136,18 +142,23 @@ def make_train_step(
         share = 1 / jnp.maximum(targets, 1), 1 / batches["targets"].shape[0]
         weight = auxiliary_schedule(state.step)
         gradient = jax.grad(one_batch, has_aux=True)
+        step_key = None if dropout is None else jax.random.fold_in(dropout, state.step)
 
-        def add(sums, batch):
-            new = gradient(state.params, frozen, batch, weight, share)
+        def add(sums, numbered):
+            number, batch = numbered
+            key = None if step_key is None else jax.random.fold_in(step_key, number)
+            new = gradient(state.params, frozen, batch, weight, share, key)
             return jax.tree.map(lambda total, value: total + value.astype(jnp.float32), sums, new), None
 
         if batches["targets"].shape[0] == 1:
             grads, (loss, auxiliary, count) = gradient(
-                state.params, frozen, jax.tree.map(lambda x: x[0], batches), weight, share
+                state.params, frozen, jax.tree.map(lambda x: x[0], batches), weight, share, step_key
             )
         else:
             zeros = {name: jnp.zeros(p.shape, jnp.float32) for name, p in state.params.items()}, (jnp.zeros(()),) * 3
-            (grads, (loss, auxiliary, count)), _ = jax.lax.scan(add, zeros, batches)
+            (grads, (loss, auxiliary, count)), _ = jax.lax.scan(
+                add, zeros, (jnp.arange(len(batches["targets"])), batches)
+            )
         grads, params = (jax.tree.map(lambda x: x.astype(jnp.float32), tree) for tree in (grads, state.params))
         updates, memory = optimizer.update(grads, state.optimizer, params)
         if vision_only:  # not even weight decay for the rest

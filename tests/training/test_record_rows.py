@@ -177,7 +177,7 @@ def test_text_alone_needs_no_pictures(model, processor):
     assert "pixels" not in batch
     params, rebuild = named_parameters({"model": model})
     step = jax.jit(make_evaluation_step(rebuild, hidden_of=partial(record_hidden, longest=batches.longest)))
-    total, count, right = step(params, batch)
+    total, count, right = step(params, {}, batch)
     labels = [processor.training(record.messages)[1][1:] for record in texts]
     assert count == sum(np.sum(label != IGNORED) for label in labels)
     assert float(total) > 0

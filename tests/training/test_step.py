@@ -176,14 +176,14 @@ def test_evaluation_counts_whole_answers(model, rows, config):
     params, rebuild = named_parameters({"model": model})
     step = jax.jit(make_evaluation_step(rebuild))
 
-    def all_right_but_one(params, batch):
-        total, count, hits = step(params, batch)
+    def all_right_but_one(batch):
+        total, count, hits = step(params, {}, batch)
         hits = np.ones(hits.shape, bool)
         hits[0, np.flatnonzero(chosen["target_branch"][0] == 1)[0]] = False
         return total, count, hits
 
     chosen = batch
-    result = evaluate(all_right_but_one, params, [(batch, device_batch(batch))])
+    result = evaluate(all_right_but_one, [(batch, device_batch(batch))])
     names = ["", *KINDS, "conversation"]
     kinds = [
         names[k] for row in range(2) for k in chosen["branch_kind"][row][np.unique(chosen["target_branch"][row])[1:]]
