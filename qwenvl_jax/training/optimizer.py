@@ -75,7 +75,7 @@ def matrix_axes(path: str, value: jax.Array) -> MuonDimensionNumbers | None:
 
 
 def decays(path: str) -> bool:
-    """Weight decay is for matrices, those of adapters too; norms, biases, queries and position tables keep their scale."""
+    """Weight decay is for matrices, adapters' too; norms, biases, queries and position tables keep their scale."""
     return path.endswith(("kernel", "table", ".a", ".b"))
 
 

@@ -139,9 +139,7 @@ class Recipe:
         if (self.lora is not None or self.quantize is not None) and self.start is None:
             raise UserError("lora and quantize go with a checkpoint; name one with start")
         if self.quantize is not None and self.lora is None:
-            raise UserError(
-                "quantize: quantised weights cannot be trained; add lora, which trains an adapter beside them"
-            )
+            raise UserError("quantize: quantised weights are not trained; add lora, for an adapter beside them")
         if self.records is not None and self.auxiliary is not None:
             raise UserError("auxiliary: its labels are known of drawn scenes alone; leave it out with records")
         if self.batch_size % self.accumulate:
