@@ -31,11 +31,16 @@ _PLACE = re.compile(r"messages\[(\d+)\]\.content")  # how the processor names a 
 
 @dataclasses.dataclass(frozen=True)
 class Examination:
-    """What is known of a record. tokens: its whole length; cut: whether its end was cut off to fit."""
+    """What is known of a record. tokens: its whole length; cut: whether its end was cut off to fit.
+
+    needed: the tokens up to the end of the last picture and to the first token of an answer, whichever is later; cut
+    shorter, a record has a picture cut or teaches nothing.
+    """
 
     problems: list[Problem]
     tokens: int = 0
     pictures: int = 0
+    needed: int = 0
     cut: bool = False
 
 
@@ -57,15 +62,16 @@ def examine(record: Record, processor: Processor, max_length: int | None = None)
     except RecursionError:
         return Examination([*found, Problem(record.where, "", "nested too deeply", "mend or remove the record")])
     tokens, pictures = len(prompt.input_ids), len(prompt.pixels)
+    needed = max(_pictures_end(prompt), int(np.flatnonzero(labels != IGNORED)[0]) + 1)
     if found or max_length is None:
-        return Examination(found, tokens, pictures)
+        return Examination(found, tokens, pictures, needed)
     answers = [("", prompt, labels)]
     if record.rejected is not None:
         messages = [*record.messages[:-1], {"role": "assistant", "content": record.rejected}]
         answers.append(("rejected", *processor.training(messages, answers_only=True)))
     for field, whole, targets in answers:
         found += _length_problems(record, field, whole, targets, max_length)
-    return Examination(found, tokens, pictures, cut=tokens > max_length)
+    return Examination(found, tokens, pictures, needed, cut=tokens > max_length)
 
 
 def fit(prompt: Prompt, labels: np.ndarray, max_length: int) -> tuple[Prompt, np.ndarray]:
@@ -76,12 +82,17 @@ def fit(prompt: Prompt, labels: np.ndarray, max_length: int) -> tuple[Prompt, np
     total = len(prompt.input_ids)
     if total <= max_length:
         return prompt, labels
-    slots = np.flatnonzero(prompt.image_slots >= 0)
-    end = int(slots[-1]) + 2 if len(slots) else 0  # behind `</img>`
+    end = _pictures_end(prompt)
     if end > max_length:
         raise UserError(f"{total} tokens, of which the last picture ends at {end}, behind the {max_length} allowed")
     ids, slots = prompt.input_ids[:max_length], prompt.image_slots[:max_length]
     return dataclasses.replace(prompt, input_ids=ids, image_slots=slots), labels[:max_length]
+
+
+def _pictures_end(prompt: Prompt) -> int:
+    """How many tokens the prompt has up to the end of its last picture."""
+    slots = np.flatnonzero(prompt.image_slots >= 0)
+    return int(slots[-1]) + 2 if len(slots) else 0  # behind `</img>`
 
 
 def _length_problems(
