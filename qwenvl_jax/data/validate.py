@@ -112,7 +112,7 @@ def _length_problems(
 
 def _text_problems(record: Record) -> Iterator[Problem]:
     """Empty answers, and boxes and tags in answers that say nothing."""
-    answers = [(field, texts) for field, texts in _answers(record)]
+    answers = list(_answers(record))
     if record.rejected is not None:
         answers.append(("rejected", [record.rejected]))
         if record.rejected == record.messages[-1].get("content"):

@@ -122,7 +122,7 @@ def test_only_text_behind_the_last_picture_is_cut():
     assert "nothing of an answer is among the first" in problem.wrong
     assert found(*contents, max_length=first_learnt + 1) == []
     seen = validate.examine(record(*contents), processor, first_learnt + 1)
-    assert (seen.tokens, seen.pictures, seen.cut) == (len(labels), 1, True)
+    assert (seen.tokens, seen.pictures, seen.needed, seen.cut) == (len(labels), 1, first_learnt + 1, True)
 
 
 def test_a_rejected_answer_too_long_to_be_seen_is_fine_as_the_other():
