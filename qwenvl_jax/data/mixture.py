@@ -1,5 +1,6 @@
 """Sources of records mixed by weight and shuffled, without any state: what comes at an index follows from the index."""
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -62,6 +63,7 @@ class Mixture:
         return self.sources[source][item]
 
 
+@functools.lru_cache(maxsize=1024)
 def hash_seed(*numbers: int) -> int:
     """A seed of 32 bits from several numbers: neighbours have nothing in common."""
     return int(np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(1)[0])

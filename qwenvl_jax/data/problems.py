@@ -30,3 +30,9 @@ class RecordError(UserError):
 def record_error(field: str, wrong: str, advice: str, where: str = "") -> RecordError:
     """The error to raise; whoever knows the file fills in `where`."""
     return RecordError(Problem(where, field, wrong, advice))
+
+
+def split_advice(message: str) -> tuple[str, str]:
+    """What is wrong and what to do, from an error message of the processor's, which has a semicolon between."""
+    wrong, _, advice = message.partition("; ")
+    return wrong, advice or "mend it, or remove the record"

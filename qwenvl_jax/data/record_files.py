@@ -266,6 +266,7 @@ class TfdsRows:
             import tensorflow_datasets as tfds
         except ImportError:
             raise UserError("tfds: names need tensorflow-datasets: pip install 'qwenvl-jax[data]'") from None
+        self._arguments = name, split
         self.name = f"tfds:{name}#{split}"
         try:
             builder = tfds.builder(name, data_dir=os.environ.get("TFDS_DATA_DIR"))
@@ -276,6 +277,9 @@ class TfdsRows:
         except Exception as error:  # unknown names, splits, file formats, folders: each its own kind of error
             advice = f"it must lie prepared in $TFDS_DATA_DIR: tfds build {name} --file_format=array_record"
             raise UserError(f"{self.name}: cannot be opened ({_first_line(error)}); {advice}") from None
+
+    def __reduce__(self) -> tuple:
+        return TfdsRows, self._arguments  # opened anew: not every builder pickles
 
     def __len__(self) -> int:
         return len(self._source)

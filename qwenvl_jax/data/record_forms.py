@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from qwenvl_jax.config import UserError
-from qwenvl_jax.data.problems import RecordError, record_error
+from qwenvl_jax.data.problems import RecordError, record_error, split_advice
 from qwenvl_jax.processing.legacy import PICTURE_NUMBER, user_parts
 
 PLACEHOLDER = "<image>"
@@ -61,7 +61,7 @@ class Conversation:
 def read_row(row: Any, root: Path) -> Conversation:
     """The conversation of a row; relative paths start at `root`. Raises RecordError naming the field."""
     if not isinstance(row, Mapping):
-        raise record_error("", f"a {type(row).__name__}, not an object", _FORMS)
+        raise record_error("", f"{_kind(row)}, not an object", _FORMS)
     key = next((key for key in ("conversations", "messages", "question") if row.get(key) is not None), None)
     if key is None:
         raise record_error("", f"has the fields {_names(row)}", _FORMS)
@@ -131,7 +131,7 @@ def _turns(turns: Any, key: str) -> Sequence[Mapping[str, Any]]:
             raise record_error(key, "lists of different lengths", "give as many values as speakers")
         turns = [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)]
     if not isinstance(turns, list):
-        raise record_error(key, f"a {type(turns).__name__}, not a list", "give the turns of a conversation")
+        raise record_error(key, f"{_kind(turns)}, not a list", "give the turns of a conversation")
     if not turns:
         raise record_error(key, "empty", "give a question and an answer, or remove the record")
     return turns
@@ -140,7 +140,7 @@ def _turns(turns: Any, key: str) -> Sequence[Mapping[str, Any]]:
 def _turn_keys(turn: Any, key: str, field: str) -> tuple[str, str]:
     """The names of a turn's speaker and content: from and value, or role and content."""
     if not isinstance(turn, Mapping):
-        raise record_error(field, f"a {type(turn).__name__}, not an object", "a turn has a speaker and a text")
+        raise record_error(field, f"{_kind(turn)}, not an object", "a turn has a speaker and a text")
     pairs = [("from", "value"), ("role", "content")]
     expected = pairs[key == "messages"]
     names = next((pair for pair in pairs if pair[0] in turn), expected)
@@ -213,7 +213,7 @@ def _legacy_parts(text: str, conversation: Conversation, field: str) -> list[Par
     except RecordError:
         raise
     except UserError as error:
-        raise record_error(field, str(error), "") from None
+        raise record_error(field, *split_advice(str(error))) from None
 
 
 def _parts(content: Sequence[Any], conversation: Conversation, field: str) -> list[Part]:
@@ -222,7 +222,7 @@ def _parts(content: Sequence[Any], conversation: Conversation, field: str) -> li
     for number, part in enumerate(content):
         where = f"{field}[{number}]"
         if not isinstance(part, Mapping):
-            raise record_error(where, f"a {type(part).__name__}, not an object", "a part has a 'type'")
+            raise record_error(where, f"{_kind(part)}, not an object", "a part has a 'type'")
         part = {key: value for key, value in part.items() if value is not None}  # tables have every column in each part
         url = part.pop("image_url", None) if part.get("type") == "image_url" else None
         if url is not None:
@@ -282,7 +282,7 @@ def _picture(value: Any, root: Path, field: str) -> Any:
 
 def _text(value: Any, field: str) -> str:
     if not isinstance(value, str):
-        raise record_error(field, f"a {type(value).__name__}, not a text", "give a string")
+        raise record_error(field, f"{_kind(value)}, not a text", "give a string")
     return value
 
 
@@ -292,3 +292,9 @@ def _names(row: Mapping[str, Any]) -> str:
 
 def _shown(value: Any) -> str:
     return reprlib.repr(value)
+
+
+def _kind(value: Any) -> str:
+    """What JSON calls the type of a value."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")

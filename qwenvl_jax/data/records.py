@@ -112,7 +112,7 @@ def _rows_of_files(paths: Sequence[Path]) -> Rows:
     if first.suffix in ARRAY_RECORD or ".array_record-" in first.name:
         return ArrayRecordRows(paths)
     text = start.removeprefix(BYTE_ORDER_MARK).lstrip()
-    if text.startswith(b"["):
+    if text.startswith(b"[") and first.suffix not in JSON_LINES:
         return JsonRows(first, lines=False)
     if text.startswith(b"{") or first.suffix in (".json", *JSON_LINES):
         return JsonRows(first, lines=True)

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from qwenvl_jax.checkpoints.folder import locate, read_config
 from qwenvl_jax.config import UserError
-from qwenvl_jax.data.problems import Problem, RecordError
+from qwenvl_jax.data.problems import Problem, RecordError, split_advice
 from qwenvl_jax.data.records import Record, Records, open_records
 from qwenvl_jax.processing.boxes import notation_problems
 from qwenvl_jax.processing.processor import Processor
@@ -61,17 +61,17 @@ def examine(record: Record, processor: Processor, max_length: int | None = None)
         return Examination(found + (_picture_problems(record, processor) or [_placed_problem(record, error)]))
     except RecursionError:
         return Examination([*found, Problem(record.where, "", "nested too deeply", "mend or remove the record")])
-    size = {"tokens": len(prompt.input_ids), "pictures": len(prompt.pixels)}
-    size["needed"] = max(_pictures_end(prompt), int(np.flatnonzero(labels != IGNORED)[0]) + 1)
+    tokens, pictures = len(prompt.input_ids), len(prompt.pixels)
+    needed = max(_pictures_end(prompt), int(np.flatnonzero(labels != IGNORED)[0]) + 1)
     if found or max_length is None:
-        return Examination(found, **size)
+        return Examination(found, tokens, pictures, needed)
     answers = [("", prompt, labels)]
     if record.rejected is not None:
         messages = [*record.messages[:-1], {"role": "assistant", "content": record.rejected}]
         answers.append(("rejected", *processor.training(messages, answers_only=True)))
     for field, whole, targets in answers:
         found += _length_problems(record, field, whole, targets, max_length)
-    return Examination(found, **size, cut=size["tokens"] > max_length)
+    return Examination(found, tokens, pictures, needed, cut=tokens > max_length)
 
 
 def fit(prompt: Prompt, labels: np.ndarray, max_length: int) -> tuple[Prompt, np.ndarray]:
@@ -85,8 +85,8 @@ def fit(prompt: Prompt, labels: np.ndarray, max_length: int) -> tuple[Prompt, np
     end = _pictures_end(prompt)
     if end > max_length:
         raise UserError(f"{total} tokens, of which the last picture ends at {end}, behind the {max_length} allowed")
-    arrays = {"input_ids": prompt.input_ids[:max_length], "image_slots": prompt.image_slots[:max_length]}
-    return dataclasses.replace(prompt, **arrays), labels[:max_length]
+    ids, slots = prompt.input_ids[:max_length], prompt.image_slots[:max_length]
+    return dataclasses.replace(prompt, input_ids=ids, image_slots=slots), labels[:max_length]
 
 
 def _pictures_end(prompt: Prompt) -> int:
@@ -112,7 +112,7 @@ def _length_problems(
 
 def _text_problems(record: Record) -> Iterator[Problem]:
     """Empty answers, and boxes and tags in answers that say nothing."""
-    answers = [(field, texts) for field, texts in _answers(record)]
+    answers = list(_answers(record))
     if record.rejected is not None:
         answers.append(("rejected", [record.rejected]))
         if record.rejected == record.messages[-1].get("content"):
@@ -122,7 +122,7 @@ def _text_problems(record: Record) -> Iterator[Problem]:
             yield Problem(record.where, field, "the answer is empty", "write one, or remove the record")
         for text in texts:
             for wrong in notation_problems(text):
-                yield Problem(record.where, field, *_split_advice(wrong))
+                yield Problem(record.where, field, *split_advice(wrong))
 
 
 def _answers(record: Record) -> Iterator[tuple[str, list[str]]]:
@@ -176,16 +176,11 @@ def _placed_problem(record: Record, error: UserError) -> Problem:
     message = str(error)
     place = _PLACE.match(message)
     if not place:
-        return Problem(record.where, "", *_split_advice(message))
+        return Problem(record.where, "", *split_advice(message))
     rest = re.match(r"[\w.\[\]]*", message[place.end() :])
     inside = rest[0] if rest else ""
     field = _field(record, int(place[1])) + inside
-    return Problem(record.where, field, *_split_advice(message[place.end() + len(inside) :].lstrip(": ")))
-
-
-def _split_advice(message: str) -> tuple[str, str]:
-    wrong, _, advice = message.partition("; ")
-    return wrong, advice
+    return Problem(record.where, field, *split_advice(message[place.end() + len(inside) :].lstrip(": ")))
 
 
 def _field(record: Record, number: int) -> str:
@@ -249,8 +244,10 @@ def validate(options: argparse.Namespace) -> int:
         return 1
     count = len(records) if options.limit is None else min(options.limit, len(records))
     examined = check(records, processor, options.max_length, options.limit)
-    bar = Progress(console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty())
-    with bar:
+    console = Console(stderr=True)
+    with Progress(
+        console=console, transient=True, redirect_stdout=sys.stdout.isatty(), disable=not console.is_terminal
+    ) as bar:
         for seen in bar.track(examined, total=count, description="checking"):
             for problem in seen.problems:
                 print(problem)

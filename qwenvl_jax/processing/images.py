@@ -61,14 +61,14 @@ def load_image(source: ImageSource, *, allow_url: bool = False, mode: Mode = "de
 
 
 def image_size(source: ImageSource) -> tuple[int, int]:
-    """Width and height of `load_image(source)`, from the file's head where its format has all of it there.
+    """Width and height of `load_image(source)`, from the file's head, unless the picture lies on its side.
 
-    Raises UserError as `load_image` does, though damage behind the head goes unseen.
+    Raises UserError as `load_image` does, though damage behind the head may go unseen.
     """
     image, name = _opened(source, allow_url=False)
-    width, height = _checked_size(image, name)
-    lying = _orientation(image) in (5, 6, 7, 8)
-    return (height, width) if lying else (width, height)
+    size = _checked_size(image, name)
+    # Formats differ in whether Pillow turns such a picture by itself, so only its pixels tell.
+    return _convert(image, "default", name).size if _orientation(image) in (5, 6, 7, 8) else size
 
 
 def _opened(source: ImageSource, allow_url: bool) -> tuple[Image.Image, str]:

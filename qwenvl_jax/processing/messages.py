@@ -214,6 +214,10 @@ def _corners(box: Any, kind: str, where: str) -> tuple[float, ...]:
     count, form = (4, "four numbers [x1, y1, x2, y2]") if kind == "box" else (8, "eight numbers [x1, y1, ..., x4, y4]")
     values = list(box) if isinstance(box, Sequence) or getattr(box, "ndim", 0) == 1 else []
     real = [value for value in values if not isinstance(value, bool) and isinstance(value, numbers.Real)]
-    if len(values) != count or len(real) != count or not all(abs(value) < math.inf for value in real):
+    try:
+        corners = tuple(map(float, real))
+    except OverflowError:  # a whole number of hundreds of digits
+        corners = ()
+    if len(values) != count or len(corners) != count or not all(map(math.isfinite, corners)):
         raise UserError(f"{where} must be {form} in pixels, not {str(box)[:60]}")
-    return tuple(map(float, real))
+    return corners
