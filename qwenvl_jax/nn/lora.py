@@ -7,7 +7,7 @@ model get an adapter (`checkpoints/adapters.py`) and what it is called in files 
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -60,7 +60,7 @@ class LoraRecipe:
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
-    def for_checkpoint(self, generation_config: dict[str, Any] | None) -> "LoraRecipe":
+    def for_checkpoint(self, generation_config: Mapping[str, Any] | None) -> "LoraRecipe":
         """The recipe with `modules_to_save` decided by whether the checkpoint's generation_config.json says chat."""
         if self.modules_to_save is not None:
             return self

@@ -42,8 +42,14 @@ def build_modules(recipe: Recipe, placement: Placement) -> tuple[dict[str, nnx.M
         folder = locate(recipe.start)
         config, vocabulary = read_config(folder), folder / VOCABULARY
         dtype = None if recipe.lora is None else recipe.dtype  # without, `divide` decides for each parameter
-        where = {"mesh": placement.mesh, "rules": placement.rules}
-        model = load_model(folder, dtype=dtype, stacked=True, quantize=recipe.quantize, **where)
+        model = load_model(
+            folder,
+            dtype=dtype,
+            mesh=placement.mesh,
+            rules=placement.rules,
+            stacked=True,
+            quantize=recipe.quantize,
+        )
         if quantised_linears(model) and recipe.lora is None:
             raise UserError(f"{folder}: quantised weights cannot be trained; add lora, or start from float ones")
     if config.num_hidden_layers <= FEW_LAYERS:
@@ -55,6 +61,12 @@ def build_modules(recipe: Recipe, placement: Placement) -> tuple[dict[str, nnx.M
         targets = CellTargets(*(1 + len(names) for names in (COLORS, SHAPES, SIZES, GLYPHS)))
         modules["auxiliary"] = CellHead(config.visual, targets, cells=recipe.data.cells, rngs=nnx.Rngs(recipe.seed + 1))
     return modules, config, vocabulary
+
+
+def _model(modules: dict[str, nnx.Module]) -> QwenVL:
+    model = modules["model"]
+    assert isinstance(model, QwenVL)
+    return model
 
 
 def lora_recipe(recipe: Recipe) -> LoraRecipe:
@@ -74,7 +86,7 @@ def divide(
     """
     moving = None
     if recipe.lora is not None:
-        moving = {f"model.{path}" for path in trainable_paths(modules["model"], lora_recipe(recipe))}
+        moving = {f"model.{path}" for path in trainable_paths(_model(modules), lora_recipe(recipe))}
     shardings = placement.parameters(modules)
     params, rebuild = named_parameters(modules)
     trained: Parameters = {}
@@ -94,7 +106,7 @@ def rate_ratios(modules: dict[str, nnx.Module], recipe: Recipe) -> dict[str, flo
     """Factors of the learning rate by path: LoRA+'s, where the recipe has an adapter."""
     if recipe.lora is None:
         return {}
-    ratios = learning_rate_ratios(modules["model"], lora_recipe(recipe))
+    ratios = learning_rate_ratios(_model(modules), lora_recipe(recipe))
     return {f"model.{path}": ratio for path, ratio in ratios.items() if ratio != 1}
 
 

@@ -76,11 +76,9 @@ def train(recipe: Recipe) -> Path | None:
     dtype = recipe.dtype if recipe.dtype != "float32" else None
     weight = auxiliary_schedule(recipe)
     dropout = jax.random.key(recipe.seed) if recipe.lora is not None and recipe.lora.dropout > 0 else None
-    options = {"remat": recipe.remat, "hidden_of": data.forward, "dropout": dropout}
-    train_step = make_train_step(rebuild, optimizer, weight, dtype=dtype, **options)
-    step = jax.jit(train_step, donate_argnums=0)
-    vision_step = make_train_step(rebuild, optimizer, weight, dtype=dtype, vision_only=True)
-    vision_step = jax.jit(vision_step, donate_argnums=0)
+    make_step = partial(make_train_step, rebuild, optimizer, weight, dtype=dtype)
+    step = jax.jit(make_step(remat=recipe.remat, hidden_of=data.forward, dropout=dropout), donate_argnums=0)
+    vision_step = jax.jit(make_step(vision_only=True), donate_argnums=0)
     alone = 0 if recipe.auxiliary is None else recipe.auxiliary.alone_steps
     evaluation_step = jax.jit(
         make_evaluation_step(rebuild, dtype=dtype, hidden_of=data.forward), out_shardings=placement.everywhere
