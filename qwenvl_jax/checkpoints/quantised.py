@@ -94,9 +94,9 @@ def load_model(
     if stored is None:
         check_tensors(every, files)
     else:
-        others += _extra_biases(weights, files)
-        _check_quantised(weights, others, files, stored)
-        others = [t for t in others if t in every or not _all_zero(t.path, others, files)]
+        biases = _extra_biases(weights, files)
+        _check_quantised(weights, [*others, *biases], files, stored)
+        others += _not_zero(biases, files)
     biased = {tensor.path.split(".")[1] for tensor in others} & set(LINEARS)
     model = _abstract(config, quantisation, biased, stacked=stacked)
     shardings = {} if mesh is None else param_paths(param_shardings(model, mesh, rules))
@@ -142,8 +142,10 @@ def _bias_of(weight: Tensor) -> Tensor:
     )
 
 
-def _all_zero(path: str, tensors: list[Tensor], files: FolderTensors) -> bool:
-    return not any(files.read(tensor.name).any() for tensor in tensors if tensor.path == path)
+def _not_zero(biases: list[Tensor], files: FolderTensors) -> list[Tensor]:
+    """Without those of the kinds that are zero in all layers."""
+    kinds = {bias.path for bias in biases if files.read(bias.name).any()}
+    return [bias for bias in biases if bias.path in kinds]
 
 
 def _abstract(config: QwenVLConfig, quantisation: Quantisation, biased: set[str], *, stacked: bool) -> QwenVL:
@@ -156,7 +158,8 @@ def _abstract(config: QwenVLConfig, quantisation: Quantisation, biased: set[str]
             if linear.bias is None:
                 kernel = linear.kernel
                 shape = (kernel.shape[0], *kernel.shape[2:])
-                linear.bias = nnx.data(nnx.Param(jnp.zeros(shape), axes=kernel.get_metadata()["axes"][1:]))
+                axes = kernel.get_metadata()["axes"][1:]
+                linear.bias = nnx.data(nnx.Param(jnp.zeros(shape), axes=axes))
         model = quantise(model, quantisation)
         return model if stacked else unstack(model)
 
@@ -179,8 +182,6 @@ class _Reader:
         rules: ShardingRules | None,
     ):
         self.files, self.quantisation, self.is_stored = files, quantisation, is_stored
-        floats = abstract_model(config, stacked=True).layers
-        self.axes = {f"layers.{name}.kernel": getattr(floats, name).kernel.get_metadata()["axes"] for name in LINEARS}
         self.shardings: dict[str, NamedSharding] = {}  # of one layer's kernel and parts, as if it were the first
         if mesh is not None:
             for model in (abstract_model(config, stacked=False), _abstract(config, quantisation, set(), stacked=False)):
@@ -198,7 +199,7 @@ class _Reader:
             for path, sharding in self.shardings.items()
             if path.startswith(prefix)
         )
-        parts, finite = _quantiser(self.quantisation, self.axes[weight.path], shardings)(device)
+        parts, finite = _quantiser(self.quantisation, len(weight.parameter_shape), shardings)(device)
         if not finite:
             raise UserError(
                 f"{self.files.folder}: {weight.name} has values that {self.quantisation.form} cannot hold "
@@ -217,13 +218,11 @@ def _of_layer(weight: Tensor, layer: int | None) -> str:
 
 
 @cache
-def _quantiser(
-    quantisation: Quantisation, axes: tuple[str | None, ...], shardings: tuple[tuple[str, NamedSharding], ...]
-):
-    """kernel [in, *out] -> its parts, and whether all of them are finite; compiled."""
+def _quantiser(quantisation: Quantisation, dimensions: int, shardings: tuple[tuple[str, NamedSharding], ...]):
+    """kernel [in, *out] of so many dimensions -> its parts, and whether all of them are finite; compiled."""
 
     def run(kernel: jax.Array) -> tuple[Parts, jax.Array]:
-        parts = param_paths(quantisation(linear_of(kernel, axes=axes)))
+        parts = param_paths(quantisation(linear_of(kernel, axes=(None,) * dimensions)))
         floats = [part for part in parts.values() if jnp.issubdtype(part.dtype, jnp.floating)]
         finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(part)) for part in floats]))
         of = dict(shardings)

@@ -66,7 +66,7 @@ def dequantise(model: QwenVL, dtype=jnp.float32) -> QwenVL:
 def _replaced(model: QwenVL, kind: type, change) -> QwenVL:
     model = nnx.merge(*nnx.split(model))  # a copy of the structure; the arrays are shared
     is_stack = isinstance(model.layers, Block)
-    for block in [model.layers] if is_stack else model.layers:
+    for block in [model.layers] if isinstance(model.layers, Block) else model.layers:
         for name in LINEARS:
             if isinstance(getattr(block, name), kind):
                 setattr(block, name, (jax.vmap(change) if is_stack else change)(getattr(block, name)))

@@ -6,11 +6,11 @@ they are neither kept for the backward pass nor computed ahead of a loop. Which 
 files store them, is not here.
 """
 
+import itertools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from qwenvl_jax.nn.linear import Linear, full_precision
@@ -111,7 +111,7 @@ class Int8Linear(QuantisedLinear):
     @classmethod
     def quantise(cls, linear: Linear) -> "Int8Linear":
         kernel = linear.kernel[...].astype(jnp.float32)
-        scale = _no_zeros(jnp.max(jnp.abs(kernel), axis=0) / 127)
+        scale = _no_zeros(jnp.max(jnp.abs(kernel), axis=0) * (1 / 127))
         codes = jnp.clip(jnp.round(kernel / scale), -127, 127).astype(jnp.int8)
         return cls(codes, scale, axes=_axes(linear.kernel), bias=linear.bias)
 
@@ -154,12 +154,20 @@ class Int4Linear(QuantisedLinear):
         kernel = linear.kernel[...].astype(jnp.float32)
         group_size = len(kernel) if group_size == -1 else group_size
         largest = _by_groups(jnp.max, jnp.abs(kernel), group_size)
-        scale = _no_zeros((largest / 7.5).astype(jnp.float16))
-        steps = jnp.round(kernel / _per_row(scale.astype(jnp.float32), group_size, len(kernel)))
+        scale = _no_zeros(_round_to_float16(largest * (1 / 7.5)))
+        steps = jnp.round(kernel / _per_row(scale, group_size, len(kernel)))
         codes = _pack((jnp.clip(steps, -8, 7) + 8).astype(jnp.uint8))
         zero = jnp.full(scale.shape, 8, jnp.uint8)
         order = jnp.arange(len(kernel), dtype=jnp.int32) if ordered else None
-        return cls(codes, scale, zero, axes=_axes(linear.kernel), group_size=group_size, order=order, bias=linear.bias)
+        return cls(
+            codes,
+            scale.astype(jnp.float16),
+            zero,
+            axes=_axes(linear.kernel),
+            group_size=group_size,
+            order=order,
+            bias=linear.bias,
+        )
 
     @property
     def in_dim(self) -> int:
@@ -183,8 +191,8 @@ class Int4Linear(QuantisedLinear):
 class NF4Linear(QuantisedLinear):
     """W = NF4_VALUES[q] * scale, one scale for every 64 rows of an output: the largest weight among them (QLoRA).
 
-    codes uint8 [in / 2, *out] as in `Int4Linear`. scale: float32 [blocks, *out], or with double quantisation int8
-    steps of size `step` float32 [blocks, ..., out / 256] from their common `mean` float32 [].
+    codes uint8 [in / 2, *out] as in `Int4Linear`. scale: float32 [blocks, *out], or with double quantisation int8:
+    how many times `step` from `middle`, both float32 [blocks, ..., out / 256].
     """
 
     def __init__(
@@ -192,7 +200,7 @@ class NF4Linear(QuantisedLinear):
         codes: jax.Array,
         scale: jax.Array,
         step: jax.Array | None = None,
-        mean: jax.Array | None = None,
+        middle: jax.Array | None = None,
         *,
         axes: tuple[str | None, ...],
         bias: nnx.Param | None = None,
@@ -200,36 +208,39 @@ class NF4Linear(QuantisedLinear):
         self.codes = Frozen(codes, axes=axes)
         self.scale = Frozen(scale, axes=axes)
         self.step = None if step is None else Frozen(step, axes=axes)
-        self.mean = None if mean is None else Frozen(mean, axes=())
+        self.middle = None if middle is None else Frozen(middle, axes=axes)
         self.bias = bias
 
     @classmethod
     def quantise(cls, linear: Linear, *, double: bool = True) -> "NF4Linear":
         """Every weight becomes the nearest value. double: quantise the scales, too.
 
-        The paper stores double-quantised scales as 8-bit floats; equal steps are closer where scales are alike.
+        The paper stores the scales' distances from their common mean as 8-bit floats. Equal steps around the middle of
+        each 256 are closer, and do not depend on the order of a sum, which differs between devices.
         """
         kernel = linear.kernel[...].astype(jnp.float32)
-        scale, step, mean = _by_groups(jnp.max, jnp.abs(kernel), NF4_BLOCK), None, None
+        scale = _by_groups(jnp.max, jnp.abs(kernel), NF4_BLOCK)
+        step: jax.Array | None = None
+        middle: jax.Array | None = None
         if double:
-            mean = jnp.mean(scale)
-            step = _no_zeros(_by_groups(jnp.max, jnp.abs(scale - mean), DOUBLE_BLOCK, axis=-1) / 127)
-            wide = _per_row(step, DOUBLE_BLOCK, scale.shape[-1], axis=-1)
-            scale = jnp.round((scale - mean) / wide).astype(jnp.int8)
-        result = cls(jnp.zeros(0, jnp.uint8), scale, step, mean, axes=_axes(linear.kernel), bias=linear.bias)
+            largest = _by_groups(jnp.max, scale, DOUBLE_BLOCK, axis=-1)
+            smallest = largest - _by_groups(jnp.max, _wide(largest, scale) - scale, DOUBLE_BLOCK, axis=-1)
+            middle, step = (largest + smallest) * 0.5, _no_zeros((largest - smallest) * (0.5 / 127))
+            scale = jnp.round((scale - _wide(middle, scale)) / _wide(step, scale)).astype(jnp.int8)
+        result = cls(jnp.zeros(0, jnp.uint8), scale, step, middle, axes=_axes(linear.kernel), bias=linear.bias)
         relative = kernel / _no_zeros(_per_row(result._scales(), NF4_BLOCK, len(kernel)))
-        middles = (np.array(NF4_VALUES[1:]) + np.array(NF4_VALUES[:-1])) / 2
-        codes = sum((relative > float(middle)).astype(jnp.uint8) for middle in middles)
+        codes = jnp.zeros(relative.shape, jnp.uint8)
+        for low, high in itertools.pairwise(NF4_VALUES):
+            codes = codes + (relative > (low + high) / 2)
         result.codes = Frozen(_pack(codes), axes=_axes(linear.kernel))
         return result
 
     def _scales(self) -> jax.Array:
         """float32 [blocks, *out]."""
         scale = self.scale[...]
-        if self.step is None or self.mean is None:
+        if self.step is None or self.middle is None:
             return scale
-        wide = _per_row(self.step[...], DOUBLE_BLOCK, scale.shape[-1], axis=-1)
-        return jnp.maximum(scale.astype(jnp.float32) * wide + self.mean[...], 0)
+        return jnp.maximum(scale.astype(jnp.float32) * _wide(self.step[...], scale) + _wide(self.middle[...], scale), 0)
 
     def stored_rows(self, dtype) -> jax.Array:
         q = _unpack(self.codes[...])
@@ -259,6 +270,13 @@ def _no_zeros(scale: jax.Array) -> jax.Array:
     return jnp.where(scale == 0, jnp.ones_like(scale), scale)
 
 
+def _round_to_float16(x: jax.Array) -> jax.Array:
+    """float32 [...] not below zero, rounded to what float16 holds. Compilers may drop a conversion there and back."""
+    exponent = jnp.frexp(x)[1]
+    unit = jnp.ldexp(jnp.float32(1), jnp.maximum(exponent, -13) - 11)
+    return jnp.round(x / unit) * unit
+
+
 def _by_groups(reduce: Callable, values: jax.Array, size: int, axis: int = 0) -> jax.Array:
     """Reduces runs of `size` along an axis; the last one may be shorter and counts as filled up with zeros."""
     axis %= values.ndim
@@ -267,6 +285,11 @@ def _by_groups(reduce: Callable, values: jax.Array, size: int, axis: int = 0) ->
     padding = [(0, groups * size - length if a == axis else 0) for a in range(values.ndim)]
     split = (*values.shape[:axis], groups, size, *values.shape[axis + 1 :])
     return reduce(jnp.pad(values, padding).reshape(split), axis=axis + 1)
+
+
+def _wide(blocks: jax.Array, scale: jax.Array) -> jax.Array:
+    """What blocks of NF4's scales share, for each of the scales."""
+    return _per_row(blocks, DOUBLE_BLOCK, scale.shape[-1], axis=-1)
 
 
 def _per_row(groups: jax.Array, size: int, length: int, axis: int = 0) -> jax.Array:
