@@ -62,7 +62,9 @@ def convert(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 0, or 2 for a mistake of the user's, explained in one line."""
-    parser = argparse.ArgumentParser(prog="qwenvl-convert", description="A checkpoint in another format or dtype, or merged.")
+    parser = argparse.ArgumentParser(
+        prog="qwenvl-convert", description="A checkpoint in another format or dtype, or merged."
+    )
     parser.add_argument("source", help='a checkpoint folder, "tiny", or a hub name such as Qwen/Qwen-VL-Chat')
     parser.add_argument("destination", help="a folder that does not exist yet or is empty")
     parser.add_argument("--format", choices=sorted(WRITERS), default="safetensors", help="default: %(default)s")
