@@ -23,7 +23,8 @@ from qwenvl_jax.models.qwen_vl import QwenVL
 from qwenvl_jax.nn.lora import AdaptedLinear, LoraRecipe, adapted_linears, copy
 from qwenvl_jax.sharding import param_paths, path_name, split_layer
 
-# Of torch's attention module PEFT adapts both projections, under the module's own name.
+# The resampler's attention is one module of torch, which does not call its projections; PEFT adapts it by a way of its
+# own, which (in 0.21) counts the output projection's change twice. So adapters do not go there.
 ATTENTION = "transformer.visual.attn_pool.attn"
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
@@ -33,9 +34,7 @@ PREFIX = "base_model.model."  # of every name in PEFT's files
 class Site:
     """A linear map of the model that can have an adapter."""
 
-    kernel: str  # its weights in the checkpoint: "transformer.h.0.attn.c_attn.weight"
-    module: str  # what targets are matched with: "transformer.h.0.attn.c_attn"
-    place: str  # what PEFT's files call it: the same, but for the second projection of `ATTENTION`
+    module: str  # its name in the checkpoint: "transformer.h.0.attn.c_attn"
     path: str  # in the model: "layers.qkv"
     layer: int | None
     shape: tuple[int, ...]  # of one layer's weights, [in, *out]
@@ -57,15 +56,13 @@ def sites(config: QwenVLConfig) -> tuple[Site, ...]:
     axes = {path_name(path): variable.get_metadata().get("axes", ()) for path, variable in variables}
     found = []
     for tensor in all_tensors(config):
-        # A convolution and a bare matrix (`proj`) are no linear modules to PEFT.
-        if tensor.layout != "linear" or tensor.name.endswith("conv1.weight"):
+        # A convolution and a bare matrix (`proj`) are no linear modules.
+        if tensor.layout != "linear" or tensor.name.endswith("conv1.weight") or tensor.name.startswith(ATTENTION):
             continue
-        module = place = tensor.name.removesuffix(".weight").removesuffix(".in_proj_weight")
-        if module == f"{ATTENTION}.out_proj":
-            module, place = ATTENTION, f"{ATTENTION}.base_layer.out_proj"
+        module = tensor.name.removesuffix(".weight")
         path = tensor.path.removesuffix(".kernel")
         shape = tensor.parameter_shape
-        found.append(Site(tensor.name, module, place, path, tensor.layer, shape, axes[tensor.path]))
+        found.append(Site(module, path, tensor.layer, shape, axes[tensor.path]))
     return tuple(found)
 
 
@@ -84,7 +81,7 @@ def adapted_sites(config: QwenVLConfig, recipe: LoraRecipe) -> list[Site]:
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
             raise UserError(f"lora: targets: no linear map of this model is called {target}; {hint}")
     saved = _modules_to_save(config, recipe)  # as in PEFT: what is trained whole gets no adapter
-    return [site for site in every if matches(site.module, recipe.targets) and site.kernel not in saved]
+    return [site for site in every if matches(site.module, recipe.targets) and f"{site.module}.weight" not in saved]
 
 
 def _modules_to_save(config: QwenVLConfig, recipe: LoraRecipe) -> set[str]:
@@ -112,7 +109,7 @@ def saved_tensors(config: QwenVLConfig, recipe: LoraRecipe) -> list[Tensor]:
     if recipe.bias == "all":
         names |= biases
     elif recipe.bias == "lora_only":
-        names |= biases & {site.kernel.removesuffix("weight") + "bias" for site in adapted_sites(config, recipe)}
+        names |= biases & {f"{site.module}.bias" for site in adapted_sites(config, recipe)}
     return [tensor for tensor in all_tensors(config) if tensor.name in names]
 
 
@@ -122,7 +119,7 @@ def adapter_tensors(config: QwenVLConfig, recipe: LoraRecipe) -> list[Tensor]:
     result = []
     for site in chosen:
         out, rank = site.shape[1:], recipe.rank
-        start, path, size = f"{PREFIX}{site.place}", site.path, math.prod(out)
+        start, path, size = f"{PREFIX}{site.module}", site.path, math.prod(out)
         a = Tensor(
             f"{start}.lora_A.weight", (rank, site.shape[0]), f"{path}.a", site.layer, "linear", (site.shape[0], rank)
         )
@@ -132,7 +129,7 @@ def adapter_tensors(config: QwenVLConfig, recipe: LoraRecipe) -> list[Tensor]:
             name, path = f"{start}.lora_magnitude_vector", f"{path}.magnitude"
             result.append(Tensor(name, (size,), path, site.layer, "same", out))
     # PEFT wraps an adapted map; the one that was there, with its bias, is `base_layer` inside.
-    moved = {site.kernel.removesuffix("weight") + "bias": f"{site.place}.base_layer.bias" for site in chosen}
+    moved = {f"{site.module}.bias": f"{site.module}.base_layer.bias" for site in chosen}
     result += [
         replace(tensor, name=PREFIX + moved.get(tensor.name, tensor.name)) for tensor in saved_tensors(config, recipe)
     ]
@@ -147,8 +144,6 @@ def add_adapters(model: QwenVL, recipe: LoraRecipe, rngs: nnx.Rngs | None) -> Qw
     model does not have, or of which a stack has only some layers.
     """
     wanted = adapted_sites(model.config, recipe)
-    if recipe.use_dora and any(site.module == ATTENTION for site in wanted):
-        raise UserError("lora: use_dora does not go with the target attn_pool.attn: PEFT has no DoRA for that module")
     if adapted_linears(model):
         raise UserError("the model has adapters already; merge them first")
     model = copy(model)

@@ -19,6 +19,7 @@ from qwenvl_jax.checkpoints.adapters import (
     adapted_sites,
     adapter_tensors,
     add_adapters,
+    matches,
     saved_tensors,
     sites,
 )
@@ -115,8 +116,13 @@ def save_adapter(model: QwenVL, folder: str | Path, recipe: LoraRecipe, *, base:
 
 
 def _settings(recipe: LoraRecipe, config: QwenVLConfig) -> dict[str, Any]:
-    """The fields of PEFT's LoraConfig. It knows no "*" in names, so targets with one are written out."""
+    """The fields of PEFT's LoraConfig.
+
+    It knows no "*" in names, and takes "out_proj" for the output of torch's attention module as well, which is not
+    used when it is wrapped; such targets are written out.
+    """
     plain = not any(set("*?[") & set(target) for target in recipe.targets)
+    plain = plain and not matches(f"{ATTENTION}.out_proj", recipe.targets)
     names = recipe.targets if plain else {site.module for site in adapted_sites(config, recipe)}
     saved = sorted(recipe.modules_to_save or ())
     if any(set("*?[") & set(name) for name in saved):
@@ -163,7 +169,7 @@ def recipe_of(settings: Mapping[str, Any], config: QwenVLConfig, file: Path) -> 
     targets, saved = settings.get("target_modules"), settings.get("modules_to_save")
     if isinstance(targets, str):
         names = [site.module for site in sites(config)]
-        every = [name for name in names if name not in ("lm_head", ATTENTION)]
+        every = [name for name in names if name != "lm_head"]
         found = every if targets == "all-linear" else [name for name in names if re.fullmatch(targets, name)]
         targets = tuple(dict.fromkeys(found))
     try:

@@ -1,5 +1,8 @@
 """Grain pipelines: random-access sources, read ahead in worker processes."""
 
+import contextlib
+from collections.abc import Generator
+
 import grain
 import numpy as np
 from absl import flags
@@ -40,12 +43,14 @@ def batches(rows: SceneRows, *, first: int, workers: int, splits: int = 1, share
     return iter(_dataset(host, first * size, workers, buffer=size).batch(size, batch_fn=host.collate))
 
 
-def ahead(source, *, first: int, workers: int):
-    """An iterator over source[first], source[first + 1], ..., in order, each once; without workers, in this process.
+def ahead(source, *, first: int, workers: int) -> Generator:
+    """source[first], source[first + 1], ..., in order, each once; without workers, in this process.
 
     The order is the same for any number of workers.
     """
-    return iter(_dataset(source, first, workers, buffer=1)) if first < len(source) else iter(())
+    if first < len(source):
+        with contextlib.closing(iter(_dataset(source, first, workers, buffer=1))) as made:
+            yield from made
 
 
 def _dataset(source, first: int, workers: int, buffer: int):

@@ -6,7 +6,7 @@ has. Several processes share each batch: every one makes its own rows and its ow
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Literal
 
@@ -200,7 +200,7 @@ class RecordBatches:
         return Segment(tokens.ids[:most], tokens.slots[:most]), labels[:most], pictures
 
 
-def record_batches(batches: RecordBatches, *, first: int = 0, workers: int = 1) -> Iterator[dict[str, np.ndarray]]:
+def record_batches(batches: RecordBatches, *, first: int = 0, workers: int = 1) -> Generator[dict[str, np.ndarray]]:
     """The batches from number `first` on, in order, made ahead by `workers` processes; 0: in this one, when asked for.
 
     They are the same for any number of workers, so a run resumes with `first` as the number of batches done.

@@ -5,6 +5,7 @@ layer stay as they are: they are few, and the answers suffer most from errors th
 """
 
 import dataclasses
+from collections.abc import Iterable
 from functools import partial
 from typing import Literal, get_args
 
@@ -66,7 +67,8 @@ def dequantise(model: QwenVL, dtype=jnp.float32) -> QwenVL:
 def _replaced(model: QwenVL, kind: type, change) -> QwenVL:
     model = nnx.merge(*nnx.split(model))  # a copy of the structure; the arrays are shared
     is_stack = isinstance(model.layers, Block)
-    for block in [model.layers] if isinstance(model.layers, Block) else model.layers:
+    blocks: Iterable[Block] = [model.layers] if isinstance(model.layers, Block) else model.layers
+    for block in blocks:
         for name in LINEARS:
             if isinstance(getattr(block, name), kind):
                 setattr(block, name, (jax.vmap(change) if is_stack else change)(getattr(block, name)))

@@ -9,7 +9,7 @@ from flax import nnx
 from qwenvl_jax.config import VisionConfig
 from qwenvl_jax.models.vit import resize_positions
 from qwenvl_jax.nn.attention import attend
-from qwenvl_jax.nn.linear import Linear
+from qwenvl_jax.nn.linear import Linear, full_precision
 from qwenvl_jax.nn.norm import LayerNorm
 
 
@@ -38,7 +38,9 @@ class CrossAttention(nnx.Module):
 
     def project(self, x: jax.Array, which: int) -> jax.Array:
         """x [I, S, D] through the query (0), key (1) or value (2) third -> [I, S, N, H]."""
-        y = self.qkv.part(x, which)
+        assert self.qkv.bias is not None
+        kernel, bias = self.qkv.kernel[...], self.qkv.bias[...]
+        y = jnp.einsum("isd,de->ise", x, kernel[:, which], precision=full_precision(kernel.dtype)) + bias[which]
         return y.reshape(*y.shape[:2], self.heads, -1)
 
     def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:

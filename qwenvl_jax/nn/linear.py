@@ -60,11 +60,6 @@ class Linear(nnx.Module):
         y = project(x, self.kernel[...])
         return y if self.bias is None else y + self.bias[...]
 
-    def part(self, x: jax.Array, index: int) -> jax.Array:
-        """x [..., in] -> [..., *out[1:]], slice `index` of the first output axis: a third of a fused projection."""
-        y = project(x, self.kernel[:, index])
-        return y if self.bias is None else y + self.bias[index]
-
 
 class Embedding(nnx.Module):
     """A table [V, D] of which rows are looked up."""

@@ -23,8 +23,9 @@ class LoraRecipe:
     """What an adapter is. The defaults are those of the original's fine-tuning script.
 
     targets and modules_to_save are names of modules in the checkpoint, whole or their last parts ("attn.c_proj" is the
-    attention's output in every layer, "mlp.c_proj" the MLP's); "*" stands for anything. For the vision tower add
-    "in_proj", "out_proj" and "c_fc", for the resampler "attn_pool.attn" and "kv_proj".
+    attention's output in every layer, "mlp.c_proj" the MLP's); "*" stands for anything. The vision
+    transformer has "in_proj", "out_proj" and "c_fc", the resampler "kv_proj"; its attention can be trained whole, with
+    "attn_pool" among the modules to save.
     """
 
     rank: int = 64
@@ -112,7 +113,7 @@ class AdaptedLinear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., in] -> [..., *out] in the base's dtype."""
         y = self.base(x)
-        change = self._change(x, y.dtype, self.b[...], None if self.key is None else self.key[...])
+        change = self._change(x, y.dtype)
         if self.magnitude is None:
             return (y + change).astype(y.dtype)
         kernel = dense_kernel(self.base, x.shape[-1])
@@ -120,14 +121,6 @@ class AdaptedLinear(nnx.Module):
         strength = self.magnitude[...] / norm
         product = y.astype(jnp.float32) - self.base(jnp.zeros((1, x.shape[-1]), x.dtype))[0]
         return (y + (strength - 1) * product + strength * change).astype(y.dtype)
-
-    def part(self, x: jax.Array, index: int) -> jax.Array:
-        """x [..., in] -> [..., *out[1:]], as `Linear.part`. Not for DoRA."""
-        assert isinstance(self.base, Linear)
-        assert self.magnitude is None
-        y = self.base.part(x, index)
-        key = None if self.key is None else jax.random.fold_in(self.key[...], index)
-        return (y + self._change(x, y.dtype, self.b[:, index], key)).astype(y.dtype)
 
     def merged(self) -> Linear:
         """The `Linear` that computes the same without an adapter: the sum in float32, rounded to the base's dtype.
@@ -146,13 +139,13 @@ class AdaptedLinear(nnx.Module):
         result.kernel = self.base.kernel.replace(merged.astype(kernel.dtype))  # the base keeps its own
         return result
 
-    def _change(self, x: jax.Array, dtype, b: jax.Array, key: jax.Array | None) -> jax.Array:
+    def _change(self, x: jax.Array, dtype) -> jax.Array:
         """What the adapter adds before DoRA, float32."""
-        if key is not None and self.dropout > 0:
-            kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+        if self.key is not None and self.dropout > 0:
+            kept = jax.random.bernoulli(self.key[...], 1 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
         low = project(x, self.a[...].astype(dtype))
-        return self.scale * project(low, b.astype(dtype), out_dtype=jnp.float32)
+        return self.scale * project(low, self.b[...].astype(dtype), out_dtype=jnp.float32)
 
     def _weight_change(self) -> jax.Array:
         """scale * A B, float32 [in, *out], with the stacked layers in front where there are any."""

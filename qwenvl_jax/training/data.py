@@ -99,7 +99,7 @@ def _records(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: 
     if len(records) < splits:
         raise UserError(f"records: {len(records)} batches are fewer than the {splits} of one step")
     bounds = [records.longest]
-    validation = []
+    validation: list[tuple[Batch, dict]] = []
     if wanted.validation:
         held = shared(
             dataclasses.replace(wanted.batches, packing=True, bad_records="skip"),

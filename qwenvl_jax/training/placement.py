@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from qwenvl_jax.config import UserError
 from qwenvl_jax.sharding import batch_sharding, make_mesh, param_paths, param_shardings, preset_rules
@@ -47,7 +47,7 @@ class Placement:
         """The optimizer's fresh memory: what is shaped like a parameter lies as it does, the rest everywhere."""
         wide = {path: jax.ShapeDtypeStruct(value.shape, np.float32) for path, value in params.items()}
 
-        def sharding(where, leaf) -> NamedSharding:
+        def sharding(where, leaf) -> Sharding:
             owner = next((params[k.key] for k in reversed(where) if getattr(k, "key", None) in params), None)
             return self.everywhere if owner is None or owner.shape != leaf.shape else owner.sharding
 

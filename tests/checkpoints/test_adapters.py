@@ -24,7 +24,7 @@ from qwenvl_jax.nn.lora import LoraRecipe, adapted_linears, merge_adapters
 from qwenvl_jax.sharding import make_mesh, param_paths, param_shardings, preset_rules
 
 FOLDER = "qwen-vl-chat-tiny"
-VISION = ("in_proj", "out_proj", "c_fc", "kv_proj", "attn_pool.attn")
+VISION = ("in_proj", "out_proj", "c_fc", "kv_proj")
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +53,11 @@ def test_names_may_be_whole_last_parts_or_with_stars(config):
     assert paths("lm_head") == {"lm_head"}
     assert paths("resblocks.*.attn.*") == {"visual.vit.blocks.qkv", "visual.vit.blocks.out"}
     assert paths("out_proj") == {"visual.vit.blocks.out"}, "torch's attention module does not use a wrapped out_proj"
-    assert paths("attn_pool.attn") == {"visual.resampler.attention.qkv", "visual.resampler.attention.out"}
     assert paths("kv_proj") == {"visual.resampler.kv"}
 
 
-def test_every_linear_map_but_the_convolution_can_have_one(config):
-    assert len({site.path for site in sites(config)}) == 13
+def test_every_linear_map_but_the_resamplers_attention_can_have_one(config):
+    assert len({site.path for site in sites(config)}) == 11
     assert "visual.vit.patch_embedding" not in {site.path for site in sites(config)}
 
 
@@ -68,7 +67,7 @@ def test_every_linear_map_but_the_convolution_can_have_one(config):
         ({"targets": ("c_atn",)}, "c_atn; did you mean c_attn"),
         ({"targets": ("attention.wq",)}, "attention.wq; there are lm_head"),
         ({"modules_to_save": ("wtee",)}, "modules_to_save: the checkpoint has no module wtee"),
-        ({"targets": ("attn_pool.attn",), "use_dora": True}, "use_dora"),
+        ({"targets": ("attn_pool.attn",)}, "attn_pool.attn"),
         ({"targets": ("h.1.attn.c_attn",)}, "layers 1 of layers.qkv, which is one stack of 3 layers"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -103,8 +102,7 @@ def test_what_is_trained_in_a_stack_and_in_a_list(model):
     listed = trainable_paths(add_adapters(unstack(model), recipe, nnx.Rngs(0)), recipe)
     language = {"layers.qkv.a", "layers.qkv.b", "layers.qkv.base.bias", "embedding.table"}
     vision = {f"visual.vit.blocks.{name}.{part}" for name in ("qkv", "out", "up") for part in ("a", "b", "base.bias")}
-    vision |= {f"visual.resampler.{name}.{part}" for name in ("kv", "attention.qkv", "attention.out") for part in "ab"}
-    vision |= {"visual.resampler.attention.out.base.bias"}
+    vision |= {"visual.resampler.kv.a", "visual.resampler.kv.b"}
     assert stacked == language | vision
     in_list = {name.replace("layers.", f"layers.{i}.") for name in language for i in range(3) if "layers" in name}
     assert listed == in_list | {"embedding.table"} | vision
@@ -124,7 +122,7 @@ def test_the_model_keeps_its_arrays_and_its_results(model):
     before = param_paths(model)
     adapted = add_adapters(model, recipe, nnx.Rngs(0))
     assert adapted_linears(model) == {}
-    assert len(adapted_linears(adapted)) == 8
+    assert len(adapted_linears(adapted)) == 6
     after = param_paths(adapted)
     assert all(
         leaf is after.get(path.replace(".kernel", ".base.kernel"), after.get(path))

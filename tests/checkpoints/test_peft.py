@@ -113,7 +113,7 @@ RECIPES = {
     "default": LoraRecipe(rank=2),
     "everything": LoraRecipe(
         rank=2, bias="all", modules_to_save=("wte", "ln_post"), use_rslora=True,
-        targets=("c_attn", "mlp.c_proj", "in_proj", "out_proj", "c_fc", "kv_proj", "attn_pool.attn", "lm_head"),
+        targets=("c_attn", "mlp.c_proj", "in_proj", "out_proj", "c_fc", "kv_proj", "lm_head"),
     ),
     "dora": LoraRecipe(rank=2, use_dora=True, bias="lora_only", targets=("c_attn", "in_proj")),
 }  # fmt: skip

@@ -112,12 +112,6 @@ def test_float32_products_ask_for_full_precision():
     assert found == [(jax.lax.Precision.HIGHEST,) * 2] * 3
 
 
-def test_a_part_is_a_slice_of_the_whole():
-    layer = adapted(recipe())
-    for index in range(3):
-        np.testing.assert_allclose(layer.part(inputs(), index), layer(inputs())[:, index], atol=2e-6)
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_a_stack_is_scanned_layer_by_layer(form):
     """Layers in front of everything: initialised, scanned and merged as each of them alone."""
