@@ -28,7 +28,7 @@ demo: $(VENV)/.stamp
 	$(RUN) demo.py
 
 test: $(VENV)/.stamp
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile
 
 # Against transformers on torch, which have an environment of their own.
 parity: $(VENV)-parity/.stamp
@@ -65,7 +65,7 @@ $(VENV)-parity/.stamp: $(VENV)/.stamp requirements/parity.txt
 # Writes the newest versions that fit pyproject.toml and each other into requirements/.
 lock:
 	rm -rf .cache/lock && $(PYTHON) -m venv .cache/lock
-	.cache/lock/bin/python -m pip install --quiet ".[demo,dev]"
+	.cache/lock/bin/python -m pip install --quiet ".[data,demo,dev]"
 	{ echo "# Everything that \`make\` installs on Python $(VERSION), pinned. Made by \`make lock PYTHON=...\`."; \
 	  .cache/lock/bin/python -m pip freeze --exclude qwenvl-jax; } > requirements/py$(VERSION).txt
 

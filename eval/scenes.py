@@ -1,6 +1,6 @@
 """Evaluate a model on scenes it has not seen, or score predictions made before; see qwenvl_jax/evaluation/scenes.py.
 
-    python eval/scenes.py [--checkpoint DIR] [--limit SCENES] [--blind] [--output scenes.json]
+    python eval/scenes.py [--checkpoint DIR] [--adapter DIR] [--limit SCENES] [--blind] [--output scenes.json]
     python eval/scenes.py --predictions scenes.predictions.jsonl [--output scenes.json]
 
 Predictions are written first, beside the scores, one JSON object per line.
@@ -21,6 +21,8 @@ from qwenvl_jax.evaluation import scenes
 def main() -> int:
     parser = argparse.ArgumentParser(description="Evaluate a model on drawn scenes.")
     parser.add_argument("--checkpoint", default="tiny", help="folder, hub name, or the model that ships (default)")
+    parser.add_argument("--adapter", help="folder of a LoRA adapter of that checkpoint, in PEFT's format")
+    parser.add_argument("--quantize", choices=("int8", "int4", "nf4"), help="load the weights in 8 or 4 bits")
     parser.add_argument("--limit", type=int, default=1000, help="number of scenes, about ten questions each")
     parser.add_argument("--split", choices=("test", "val"), default="test")
     parser.add_argument("--seed", type=int, default=0)
@@ -44,7 +46,7 @@ def main() -> int:
 def predict(options: argparse.Namespace) -> list[dict]:
     import qwenvl_jax  # scoring alone needs no model
 
-    vlm = qwenvl_jax.load(options.checkpoint)
+    vlm = qwenvl_jax.load(options.checkpoint, adapter=options.adapter, quantize=options.quantize)
     output = options.output or pathlib.Path("scenes.json")
     with rich.progress.Progress() as progress:
         task = progress.add_task("questions")

@@ -18,6 +18,7 @@ from PIL import Image
 
 from qwenvl_jax.checkpoints.folder import GENERATION_CONFIG, locate, read_config, small_files
 from qwenvl_jax.checkpoints.huggingface import load_model
+from qwenvl_jax.checkpoints.peft import load_adapter
 from qwenvl_jax.config import QwenVLConfig, UserError
 from qwenvl_jax.inference.decode import Generator, bucket, length_bucket
 from qwenvl_jax.inference.generate import Generation, pieces
@@ -266,7 +267,9 @@ def load(
     checkpoint: str | os.PathLike = "tiny",
     *,
     dtype: Any = None,
+    quantize: str | None = None,
     mesh: Mesh | None = None,
+    adapter: str | os.PathLike | None = None,
     allow_url: bool = False,
     image_mode: Literal["default", "reference"] = "default",
 ) -> VLM:
@@ -274,7 +277,10 @@ def load(
 
     checkpoint: "tiny", which ships with the package, a folder in the Hugging Face layout, or a hub name.
     dtype: "float32", "bfloat16" or "float16"; by default as stored, and float32 on CPUs, which are slow at the others.
+    quantize: "int8", "int4" or "nf4" keeps the language model's weights in 8 or 4 bits (docs/quantisation.md); a
+    folder that is quantised (GPTQ) is recognised without.
     mesh: devices over which the parameters are split (see sharding.py); by default one.
+    adapter: a folder in PEFT's format whose adapter is active, unmerged; see checkpoints/peft.py.
     allow_url: whether messages may name pictures by http(s) URL.
     image_mode: "reference" reads pictures exactly as the original does, which ignores EXIF and drops transparency.
     Raises UserError when there is no such checkpoint or its files do not belong together.
@@ -290,7 +296,9 @@ def load(
         dtype = jnp.dtype(dtype).name
     loader = functools.partial(load_image, allow_url=allow_url, mode=image_mode)
     processor = Processor.from_folder(folder, read_config(folder), load=loader)
-    model = load_model(folder, dtype=dtype, mesh=mesh)
+    model = load_model(folder, dtype=dtype, mesh=mesh, quantize=quantize)
+    if adapter is not None:
+        model = load_adapter(model, os.fspath(adapter), mesh=mesh)
     try:
         return VLM(model, processor, small_files(folder)["generation_config"])
     except UserError as error:

@@ -71,7 +71,7 @@ def third_party_imports(folder: Path) -> dict[str, str]:
 
 def test_every_import_is_a_declared_dependency():
     used = third_party_imports(REPOSITORY / "qwenvl_jax")
-    extras = [line for extra in ("serve", "demo", "eval") for line in PROJECT["optional-dependencies"][extra]]
+    extras = [line for extra in ("data", "serve", "demo", "eval") for line in PROJECT["optional-dependencies"][extra]]
     declared = {canonicalize_name(Requirement(line).name) for line in [*PROJECT["dependencies"], *extras]}
     distributions = metadata.packages_distributions()
     undeclared = {
@@ -103,6 +103,7 @@ def test_the_pins_are_complete_and_fit_the_declared_bounds(lock):
             pins[canonicalize_name(name)] = version
     wanted = [
         *PROJECT["dependencies"],
+        *PROJECT["optional-dependencies"]["data"],
         *PROJECT["optional-dependencies"]["demo"],
         *PROJECT["optional-dependencies"]["dev"],
     ]

@@ -17,6 +17,8 @@ from qwenvl_jax.config import QwenVLConfig, UserError
 VOCABULARY = "qwen.tiktoken"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
+QUANTIZATION_CONFIG = "quantization_config"  # a key of config.json
+QUANTIZE_CONFIG = "quantize_config.json"  # the same in a file of its own, AutoGPTQ's first way
 
 
 class SmallFiles(TypedDict):
@@ -84,8 +86,7 @@ def _from_hub(name: str) -> Path:
 def read_config(folder: Path) -> QwenVLConfig:
     """The folder's `config.json`. Raises UserError naming the file and what is wrong with it."""
     raw = read_json(folder / "config.json")
-    if "quantization_config" in raw or (folder / "quantize_config.json").is_file():
-        raise UserError(f"{folder}: a quantised checkpoint (GPTQ); int4 checkpoints are not supported yet")
+    raw.pop(QUANTIZATION_CONFIG, None)  # says how files hold the weights, not what the model is; see `quantised.py`
     try:
         return QwenVLConfig.from_hf(raw)
     except UserError as error:
@@ -113,6 +114,8 @@ def write_small_files(folder: Path, config: QwenVLConfig, torch_dtype: str, smal
         write_json(folder / TOKENIZER_CONFIG, small["tokenizer_config"] or default)
     if small["generation_config"] is not None:
         write_json(folder / GENERATION_CONFIG, small["generation_config"])
+    if QUANTIZATION_CONFIG in config.extra:
+        write_json(folder / QUANTIZE_CONFIG, config.extra[QUANTIZATION_CONFIG])
     write_json(folder / "config.json", dict(sorted((config.to_hf() | {"torch_dtype": torch_dtype}).items())))
 
 

@@ -19,6 +19,7 @@ from qwenvl_jax.checkpoints.folder import SmallFiles, check_free, read_config, w
 from qwenvl_jax.checkpoints.huggingface import ORBAX, abstract_model, check_dtype, take_layer
 from qwenvl_jax.checkpoints.tensor_files import some
 from qwenvl_jax.config import UserError
+from qwenvl_jax.models.quantised import quantised_linears
 from qwenvl_jax.models.qwen_vl import QwenVL
 from qwenvl_jax.sharding import ShardingRules, param_paths, param_shardings, split_layer
 
@@ -38,6 +39,8 @@ def save_model(
     something already.
     """
     folder = Path(folder).expanduser().absolute()
+    if quantised_linears(model):
+        raise UserError("quantised weights are written as safetensors, not in Orbax's format")
     check_free(folder)
     multihost_utils.sync_global_devices("nothing is written before everyone has looked")
     parameters = _stacked(model)

@@ -74,6 +74,11 @@ class Tensor:
     layout: str
     parameter_shape: tuple[int, ...]  # of one layer
 
+    @property
+    def module(self) -> str:
+        """The name of what the tensor belongs to: "transformer.h.0.attn.c_attn"."""
+        return self.name.rpartition(".")[0]
+
     def to_parameter(self, value: np.ndarray) -> np.ndarray:
         """The tensor's values as the parameter (one layer of it) holds them; a view where possible."""
         if self.layout == "linear":

@@ -72,12 +72,16 @@ def _place(row: dict[str, np.ndarray], tokens: Segment, *, start: int, position:
     row["group"][start:end], row["branch"][start:end] = 1, branch
 
 
-def collate(rows: list[dict[str, np.ndarray]], queries: int) -> dict[str, np.ndarray]:
-    """A batch: token arrays stacked to [B, ...], pictures of all rows in one [I, ...] array, slots pointing into it."""
+def collate(rows: list[dict[str, np.ndarray]], queries: int, before: int = 0) -> dict[str, np.ndarray]:
+    """A batch: token arrays stacked to [B, ...], pictures of all rows in one [I, ...] array, slots pointing into it.
+
+    before: rows of the batch that stand before these, on other hosts; each has as many pictures as the first here.
+    """
     batch = {}
     for name in rows[0]:
         per_picture = name == "pixels" or name.startswith("cell/")
         batch[name] = np.concatenate([r[name] for r in rows]) if per_picture else np.stack([r[name] for r in rows])
-    first = np.cumsum([0] + [len(r["pixels"]) for r in rows[:-1]])[:, None] * queries
+    counts = [before * len(rows[0]["pixels"]), *(len(r["pixels"]) for r in rows[:-1])]
+    first = np.cumsum(counts)[:, None] * queries
     batch["slots"] = np.where(batch["slots"] >= 0, batch["slots"] + first, -1).astype(np.int32)
     return batch

@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Ask a vision-language model about pictures: with --ask in the terminal, without in the browser.",
     )
     parser.add_argument("-c", "--checkpoint", default="tiny", help="checkpoint folder (default: the model that ships)")
+    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter of that checkpoint, in PEFT's format")
     terminal = parser.add_argument_group("in the terminal")
     terminal.add_argument("--image", metavar="FILE", help="the picture, or its URL")
     terminal.add_argument("--ask", metavar="QUESTION", help="the question; the answer is printed")
@@ -61,7 +62,7 @@ def _answer(options: argparse.Namespace) -> None:
 
     import qwenvl_jax  # here, so that `--help` and a mistyped file name do not wait for JAX
 
-    vlm = qwenvl_jax.load(options.checkpoint)
+    vlm = qwenvl_jax.load(options.checkpoint, adapter=options.adapter)
     reply = vlm.chat([{"role": "user", "content": content}])
     print(readable(reply.text) or reply.text)
     if reply.boxes:
@@ -105,7 +106,7 @@ def _serve(options: argparse.Namespace) -> None:
 
     import qwenvl_jax
 
-    page = app.build(qwenvl_jax.load(options.checkpoint))
+    page = app.build(qwenvl_jax.load(options.checkpoint, adapter=options.adapter))
     try:
         page.launch(
             server_name=options.server_name,

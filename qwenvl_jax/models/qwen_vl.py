@@ -6,7 +6,7 @@ layers, I images, Q resampler queries. The model is a plain pytree: pass it thro
 as it is. Text, tokenisation and picture files are the processor's business; sampling is inference's.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,26 @@ from qwenvl_jax.config import QwenVLConfig, VisionConfig
 from qwenvl_jax.models.resampler import Resampler
 from qwenvl_jax.models.vit import Vit
 from qwenvl_jax.nn import cache as kv_cache
-from qwenvl_jax.nn.attention import PackedBlocks, attend, attend_packed
+from qwenvl_jax.nn.attention import PackedBlocks, PackedRows, attend, attend_packed, attend_rows
 from qwenvl_jax.nn.linear import Embedding, Linear
 from qwenvl_jax.nn.norm import LayerNorm, RMSNorm
 from qwenvl_jax.nn.rope import inverse_frequencies, logn_scale, ntk_alpha, rotary_table, rotate
+
+Remat = Literal["none", "layers", "products"]
+
+# What the forward pass of a layer keeps for the backward one: everything, nothing but its input, or its products with
+# weights (attention scores are computed again). The first needs most memory, the second most time.
+REMAT_POLICIES = {
+    "layers": jax.checkpoint_policies.nothing_saveable,
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 class Context(NamedTuple):
     """What attention needs to know about a batch of tokens besides the tokens; the same for every layer."""
 
-    mask: jax.Array | PackedBlocks  # bool [B, T, S], True where a query may look, or the masks of packed rows
+    # bool [B, T, S], True where a query may look, or what says the same of packed rows
+    mask: jax.Array | PackedBlocks | PackedRows
     cos: jax.Array  # float32 [B, T, rotary_dim / 2]
     sin: jax.Array
     query_scale: jax.Array | None  # float32 [B, T], logn attention; None in training
@@ -64,6 +74,8 @@ class Block(nnx.Module):
         kept: kv_cache.LayerCache | tuple[jax.Array, jax.Array] = (k, v)
         if isinstance(context.mask, PackedBlocks):
             mixed = attend_packed(q, k, v, context.mask)
+        elif isinstance(context.mask, PackedRows):
+            mixed = attend_rows(q, k, v, context.mask)
         elif cache is None or context.cache_slot is None:
             mixed = attend(q, k, v, context.mask)
         else:
@@ -123,7 +135,7 @@ class QwenVL(nnx.Module):
 
     def context(
         self,
-        mask: jax.Array | PackedBlocks,
+        mask: jax.Array | PackedBlocks | PackedRows,
         positions: jax.Array,
         frequencies: jax.Array,
         *,
@@ -132,24 +144,31 @@ class QwenVL(nnx.Module):
     ) -> Context:
         """Attention context of a batch.
 
-        mask bool [B, T, S]; positions int [B, T]; frequencies float32 [B, rotary_dim / 2] from the function of that
-        name. Training switches logn attention off, as the original does.
+        mask bool [B, T, S], or what stands for it; positions int [B, T]; frequencies float32 [B, rotary_dim / 2] from
+        the function of that name. Training switches logn attention off, as the original does.
         """
         cos, sin = rotary_table(positions, frequencies)
         logn = self.config.use_logn_attn and not training
         return Context(mask, cos, sin, logn_scale(positions, self.config.seq_length) if logn else None, cache_slot)
 
-    def __call__(self, x: jax.Array, context: Context, cache: list | None = None, *, remat: bool = False):
+    def __call__(self, x: jax.Array, context: Context, cache: list | None = None, *, remat: Remat = "none"):
         """x [B, T, D] from `embed` -> (hidden [B, T, D] after the last norm, keys and values per layer).
 
-        Stacked layers are scanned and return no keys and values; `remat` recomputes each layer in the backward pass.
+        Stacked layers are scanned and return no keys and values. `remat` says what of a layer the backward pass
+        computes again instead of keeping it, see `REMAT_POLICIES`; a model in training has no cache.
         """
+
+        def body(x, layer):
+            return layer(x, context)[0], None
+
+        if remat != "none":
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[remat])
         if isinstance(self.layers, Block):
-
-            def body(x, layer):
-                return layer(x, context)[0], None
-
-            x, kv = jax.lax.scan(jax.checkpoint(body) if remat else body, x, self.layers)
+            x, kv = jax.lax.scan(body, x, self.layers)
+        elif remat != "none":
+            kv = []
+            for layer in self.layers:
+                x, _ = body(x, layer)
         else:
             kv = []
             for i, layer in enumerate(self.layers):

@@ -1,6 +1,8 @@
 """Masked dot-product attention (Vaswani et al. 2017) and the masks that the models use."""
 
+import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,6 +13,7 @@ from qwenvl_jax.nn.linear import full_precision
 # Queries whose scores against all keys are held at once. A longer prompt is processed in blocks, so that its float32
 # scores, which grow with the square of its length, never stand in memory as a whole.
 LONGEST_DENSE = 1024
+ROW_BLOCK = 512  # the same for rows of packed documents, whose blocks look no further back than a document is long
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -132,3 +135,40 @@ def attend_packed(q: jax.Array, k: jax.Array, v: jax.Array, mask: PackedBlocks) 
     head = attend(q[:, :prefix], k[:, :prefix], v[:, :prefix], mask.prefix)
     rest = attend(tail(q), with_prefix(k), with_prefix(v), mask.blocks)
     return jnp.concatenate([head, rest.reshape(q.shape[0], -1, *q.shape[2:])], axis=1)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("group",), meta_fields=("longest",))
+@dataclasses.dataclass(frozen=True)
+class PackedRows:
+    """Rows of whole documents one after another: each token sees the earlier ones of its own document, and itself.
+
+    `packed_mask(group, zeros)` says the same as an array. `longest` is static: attention looks no further back.
+    """
+
+    group: jax.Array  # int [B, T]: a document's tokens share a number above 0 and are adjacent; 0 for padding
+    longest: int  # tokens; no document of any row has more
+
+
+def attend_rows(q: jax.Array, k: jax.Array, v: jax.Array, rows: PackedRows) -> jax.Array:
+    """`attend` with the mask of `packed_mask`, for rows as `PackedRows` says. q, k, v [B, T, N, H].
+
+    A block of queries is compared with itself and the `longest` tokens before it: work grows with T x longest, not with
+    T x T, and neither mask nor scores of a whole row ever exist.
+    """
+    length = q.shape[1]
+
+    def block(q, k, v, queries, keys):
+        ahead = keys.shape[1] - queries.shape[1]  # keys before the first query
+        causal = jnp.tril(jnp.ones((queries.shape[1], keys.shape[1]), bool), ahead)
+        return _attend(q, k, v, causal & (queries[:, :, None] == keys[:, None, :]) & (keys[:, None, :] > 0))
+
+    if length <= ROW_BLOCK:
+        return block(q, k, v, rows.group, rows.group)
+    mixed = []
+    for start in range(0, length, ROW_BLOCK):
+        own = slice(start, min(start + ROW_BLOCK, length))
+        seen = slice(max(0, start + 1 - rows.longest), own.stop)
+        # A block's scores are computed again in the backward pass instead of kept for it.
+        parts = (q[:, own], k[:, seen], v[:, seen], rows.group[:, own], rows.group[:, seen])
+        mixed.append(jax.checkpoint(block)(*parts))
+    return jnp.concatenate(mixed, axis=1)

@@ -20,6 +20,19 @@ def normal(rngs: nnx.Rngs, shape: Sequence[int], std: float, dtype) -> jax.Array
     return (std * jax.random.normal(rngs.params(), shape)).astype(dtype)
 
 
+def project(x: jax.Array, kernel: jax.Array, *, out_dtype=None) -> jax.Array:
+    """x [..., in] times kernel [in, *out] -> [..., *out], in the kernel's dtype; `out_dtype` is that of the result."""
+    # Two-dimensional operands: the backward pass of a batched product is twice as slow on CPUs.
+    y = jax.lax.dot_general(
+        x.reshape(-1, x.shape[-1]).astype(kernel.dtype),
+        kernel,
+        (((1,), (0,)), ((), ())),
+        precision=full_precision(kernel.dtype),
+        preferred_element_type=out_dtype,
+    )
+    return y.reshape(*x.shape[:-1], *kernel.shape[1:])
+
+
 class Linear(nnx.Module):
     """y = x W + b with W of shape [in, *out].
 
@@ -44,15 +57,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., in] -> [..., *out] in the weights' dtype."""
-        kernel = self.kernel[...]
-        # Two-dimensional operands: the backward pass of a batched product is twice as slow on CPUs.
-        y = jax.lax.dot_general(
-            x.reshape(-1, x.shape[-1]).astype(kernel.dtype),
-            kernel,
-            (((1,), (0,)), ((), ())),
-            precision=full_precision(kernel.dtype),
-        )
-        y = y.reshape(*x.shape[:-1], *kernel.shape[1:])
+        y = project(x, self.kernel[...])
         return y if self.bias is None else y + self.bias[...]
 
 

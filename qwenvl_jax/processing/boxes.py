@@ -14,6 +14,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from qwenvl_jax.config import UserError
+
 FONT_FILE = Path(__file__).parents[1] / "assets" / "fonts" / "NotoSansSC-Subset.otf"
 # Far apart in hue and lightness, strongest first.
 COLOURS = (
@@ -34,6 +36,8 @@ _SMALLEST_FONT = 8  # below this no glyph can be read
 
 _NUMBER = r"\s*([0-9]{1,4}(?:\.[0-9]+)?)\s*"
 _CORNERS = re.compile(rf"\s*\({_NUMBER},{_NUMBER}\)\s*,\s*\({_NUMBER},{_NUMBER}\)\s*")
+_POINT = re.compile(rf"\({_NUMBER},{_NUMBER}\)")
+_TAG = re.compile(r"<(/?)(ref|box|quad)>")
 _NOTATION = re.compile(r"<(ref|box)>((?:(?!</?(?:ref|box)>).)*)</\1>", re.DOTALL)
 
 
@@ -70,15 +74,61 @@ def to_thousandths(pixel: float, extent: int) -> int:
 
 
 def corners_text(corners: Sequence[float], size: tuple[int, int]) -> str:
-    """`(x1,y1),(x2,y2)` in thousandths for corners [x1, y1, x2, y2] in pixels of a picture of this `size`."""
-    x1, y1, x2, y2 = (to_thousandths(corner, extent) for corner, extent in zip(corners, (*size, *size), strict=True))
-    return f"({x1},{y1}),({x2},{y2})"
+    """`(x1,y1),(x2,y2)` in thousandths for corners [x1, y1, x2, y2] in pixels of a picture of this `size`.
+
+    A quad has four points, [x1, y1, ..., x4, y4].
+    """
+    points = zip(corners[0::2], corners[1::2], strict=True)
+    return ",".join(f"({to_thousandths(x, size[0])},{to_thousandths(y, size[1])})" for x, y in points)
 
 
 def render(label: str | None, corners: Sequence[float], size: tuple[int, int]) -> str:
     """`<ref>label</ref><box>(x1,y1),(x2,y2)</box>`, without the ref where `label` is None. All given in pixels."""
     reference = "" if label is None else f"<ref>{label}</ref>"
     return f"{reference}<box>{corners_text(corners, size)}</box>"
+
+
+def read_corners(text: str, kind: str) -> list[float]:
+    """The numbers in a box (two points) or quad (four) of a training text, in thousandths; the inverse of `parse`'s
+    leniency: raises UserError for another form, numbers above 1000, and a box whose corners are not in order.
+    """
+    points = _POINT.findall(text)
+    expected = 2 if kind == "box" else 4
+    form = ",".join(f"(x{number},y{number})" for number in range(1, expected + 1))
+    if len(points) != expected or re.sub(r"\s", "", _POINT.sub("", text)) != "," * (expected - 1):
+        raise UserError(f"the {kind} {text[:60]!r} is not of the form {form} with numbers from 0 to 1000")
+    numbers = [float(number) for point in points for number in point]
+    if max(numbers) > 1000:
+        raise UserError(f"the {kind} {text!r} is out of range; coordinates are thousandths of the picture, 0 to 1000")
+    if kind == "box" and (numbers[0] > numbers[2] or numbers[1] > numbers[3]):
+        raise UserError(f"the box {text!r} is turned round; give the top left corner first, then the bottom right one")
+    return numbers
+
+
+def notation_problems(text: str) -> list[str]:
+    """What is wrong with the ref, box and quad tags of an answer to learn from: unclosed tags, unreadable boxes."""
+    wrong: list[str] = []
+    opening: re.Match | None = None
+    for tag in _TAG.finditer(text):
+        closes, kind = tag.groups()
+        if not closes:
+            if opening:
+                wrong.append(_unclosed(opening))
+            opening = tag
+        elif opening is None or opening[2] != kind:
+            wrong.append(f"</{kind}> at character {tag.start()} closes nothing; put <{kind}> before it or remove it")
+        else:
+            if kind != "ref":
+                try:
+                    read_corners(text[opening.end() : tag.start()], kind)
+                except UserError as error:
+                    wrong.append(str(error))
+            opening = None
+    return wrong + ([_unclosed(opening)] if opening else [])
+
+
+def _unclosed(opening: re.Match) -> str:
+    return f"<{opening[2]}> at character {opening.start()} is not closed; add </{opening[2]}>"
 
 
 def parse(text: str, size: tuple[int, int], image: int = 0) -> list[Box]:

@@ -56,6 +56,23 @@ def load_image(source: ImageSource, *, allow_url: bool = False, mode: Mode = "de
     floating point from 0 to 1. `mode` chooses the conversion, see the head of this file. Raises UserError naming the
     source when it is missing, a folder, no picture, truncated, empty or larger than MAX_PIXELS.
     """
+    image, name = _opened(source, allow_url)
+    return _convert(image, mode, name)
+
+
+def image_size(source: ImageSource) -> tuple[int, int]:
+    """Width and height of `load_image(source)`, from the file's head, unless the picture lies on its side.
+
+    Raises UserError as `load_image` does, though damage behind the head may go unseen.
+    """
+    image, name = _opened(source, allow_url=False)
+    size = _checked_size(image, name)
+    # Formats differ in whether Pillow turns such a picture by itself, so only its pixels tell.
+    return _convert(image, "default", name).size if _orientation(image) in (5, 6, 7, 8) else size
+
+
+def _opened(source: ImageSource, allow_url: bool) -> tuple[Image.Image, str]:
+    """The picture with nothing but its head read, where it comes from a file, and its name in error messages."""
     if isinstance(source, str) and source.startswith("data:"):
         name, content = _short(source), _data_uri_bytes(source)
     elif isinstance(source, str) and "://" in source:
@@ -65,14 +82,14 @@ def load_image(source: ImageSource, *, allow_url: bool = False, mode: Mode = "de
     elif isinstance(source, bytes | bytearray | memoryview):
         name, content = f"the picture of {len(source)} bytes", bytes(source)
     elif isinstance(source, Image.Image):
-        return _convert(source, mode, "the PIL image")
+        return source, "the PIL image"
     elif hasattr(source, "__array__"):
-        return _convert(_from_array(np.asarray(source)), mode, "the array")
+        return _from_array(np.asarray(source)), "the array"
     else:
         raise UserError(
             f"no picture: {type(source).__name__}; use a path, bytes, a data URI, a URL, a PIL image or an array"
         )
-    return _decode(content, mode, name)
+    return _decode(content, name), name
 
 
 def preprocess(images: Sequence[Image.Image], image_size: int) -> np.ndarray:
@@ -100,28 +117,23 @@ def _square(image: Image.Image, side: int) -> Image.Image:
     return image.resize(between, Image.Resampling.BICUBIC).resize((side, side), Image.Resampling.BICUBIC)
 
 
-def _decode(content: bytes, mode: Mode, name: str) -> Image.Image:
-    """Bytes of a file to RGB. Pillow raises nearly anything on hostile bytes, hence the broad except."""
+def _decode(content: bytes, name: str) -> Image.Image:
+    """Bytes of a file to a picture, not yet loaded. Pillow raises nearly anything on hostile bytes: a broad except."""
     if not content:
         raise UserError(f"{name}: empty, not a picture")
     try:
         Image.init()  # with `formats`, Pillow looks only among the formats registered so far
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        return Image.open(io.BytesIO(content), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(f"{name}: more than {MAX_PIXELS:,} pixels; make it smaller") from None
     except Exception:
         raise UserError(f"{name}: not a picture in a format that is read here ({', '.join(FORMATS)})") from None
-    return _convert(image, mode, name)
 
 
 def _convert(image: Image.Image, mode: Mode, name: str) -> Image.Image:
     if mode not in ("default", "reference"):
         raise UserError(f"mode {mode!r} does not exist; use 'default' or 'reference'")
-    width, height = image.size
-    if not width or not height:
-        raise UserError(f"{name}: a picture of {width} x {height} pixels has nothing to see")
-    if width * height > MAX_PIXELS:
-        raise UserError(f"{name}: {width} x {height} is more than {MAX_PIXELS:,} pixels; make it smaller")
+    _checked_size(image, name)
     try:
         image.load()
         converted = image.convert("RGB") if mode == "reference" else _to_rgb(image)
@@ -131,6 +143,15 @@ def _convert(image: Image.Image, mode: Mode, name: str) -> Image.Image:
         raise UserError(f"{name}: the picture is damaged or cut off ({error})") from None
     converted.info = {}  # an orientation that was applied must not be found and applied again
     return converted
+
+
+def _checked_size(image: Image.Image, name: str) -> tuple[int, int]:
+    width, height = image.size
+    if not width or not height:
+        raise UserError(f"{name}: a picture of {width} x {height} pixels has nothing to see")
+    if width * height > MAX_PIXELS:
+        raise UserError(f"{name}: {width} x {height} is more than {MAX_PIXELS:,} pixels; make it smaller")
+    return width, height
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,13 +1,13 @@
 r"""The original's string forms, bit for bit and quirk for quirk: for old data, old prompts and comparisons.
 
 In them a picture is a path inside the text (`Picture 1: <img>path</img>\n`) and a user's text can forge it; so they
-are for text that you trust. Nothing but this file and readers of old data knows them: `messages_from_query` and
-`messages_from_sample` lead to the message format that all else uses.
+are for text that you trust. Nothing but this file and readers of old data knows them: `user_parts` and
+`messages_from_query` lead to the message format that all else uses.
 """
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from PIL import Image
 
 from qwenvl_jax.config import UserError
 from qwenvl_jax.processing import template
-from qwenvl_jax.processing.boxes import Box, draw, to_pixels
-from qwenvl_jax.processing.images import load_image
+from qwenvl_jax.processing.boxes import Box, draw, read_corners, to_pixels
+from qwenvl_jax.processing.images import ImageSource, image_size, load_image
 from qwenvl_jax.processing.template import DEFAULT_SYSTEM, IGNORED, Segment
 from qwenvl_jax.processing.tokenizer import GROUNDING_TAGS, IMAGE_TAGS, SPECIAL_TOKENS, Tokenizer
 
 CONTENT_TAGS = (*GROUNDING_TAGS, *IMAGE_TAGS)  # the special tokens that count in the content of a chat
 _OPENING = re.compile("<(img|ref|box|quad)>")
+PICTURE_NUMBER = re.compile(r"Picture \d+: ?$")  # before a picture; it is numbered anew
 _FORBIDDEN_IN_LISTS = [name for name in SPECIAL_TOKENS if name not in (*CONTENT_TAGS, "<|endoftext|>")]
 
 ListFormat = list[dict[str, Any]]
@@ -188,67 +189,54 @@ def messages_from_query(
     query: str, history: History | None = None, system: str | None = None, root: str | os.PathLike = "."
 ) -> list[dict[str, Any]]:
     """The messages of a `chat` call of the original. Paths are relative to `root`; see `user_parts` for the rest."""
+
+    def find(path: str) -> str:
+        return path if "://" in path else str(Path(root) / path)
+
     messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
-    pictures: list[str] = []
+    pictures: list[ImageSource] = []
     for question, answer in history or ():
-        messages.append({"role": "user", "content": user_parts(question or "", root, pictures)})
+        messages.append({"role": "user", "content": user_parts(question or "", find, pictures)})
         messages.append({"role": "assistant", "content": answer or ""})
-    return [*messages, {"role": "user", "content": user_parts(query, root, pictures)}]
+    return [*messages, {"role": "user", "content": user_parts(query, find, pictures)}]
 
 
-def messages_from_sample(sample: Mapping[str, Any], root: str | os.PathLike = ".") -> list[dict[str, Any]]:
-    """The messages of a training sample {"conversations": [{"from", "value"}, ...]} of the original's JSON files.
+def user_parts(text: str, find: Callable[[str], ImageSource], pictures: list[ImageSource]) -> list[dict[str, Any]]:
+    r"""The parts of a user's text of the original; `pictures` collects the pictures of the conversation.
 
-    A first turn that is not the user's is left out, as the original does. Raises UserError naming the turn.
-    """
-    messages: list[dict[str, Any]] = []
-    pictures: list[str] = []
-    for number, turn in enumerate(sample.get("conversations") or ()):
-        role, value = turn.get("from"), turn.get("value")
-        if number == 0 and role != "user":
-            continue
-        if role not in ("user", "assistant") or not isinstance(value, str):
-            raise UserError(
-                f"sample {sample.get('id')!r}, turn {number}: needs 'from' (user, assistant) and 'value' (text)"
-            )
-        messages.append({"role": role, "content": user_parts(value, root, pictures) if role == "user" else value})
-    return messages
-
-
-def user_parts(text: str, root: str | os.PathLike, pictures: list[str]) -> list[dict[str, Any]]:
-    r"""The parts of a user's text of the original; `pictures` collects the paths of the conversation's pictures.
-
-    `Picture N: <img>path</img>\n` and a bare `<img>path</img>` become an image part (which is numbered anew, over the
-    whole conversation), a box becomes a box part on the latest picture with the label directly before it. A label
-    without a box has no counterpart and stays as plain text, as does a quad.
+    `Picture N: <img>path</img>\n` and a bare `<img>path</img>` become an image part with `find(path)` (numbered anew,
+    over the whole conversation), a box or quad becomes such a part on the latest picture with the label directly
+    before it, a label without a box a ref part. Raises UserError for an unclosed tag, and for a box that cannot be
+    read or has no picture.
     """
     elements = _elements(text)
     parts: list[dict[str, Any]] = []
     for position, element in enumerate(elements):
+        ((kind, content),) = element.items()
+        previous = elements[position - 1] if position else {}
         following = elements[position + 1] if position + 1 < len(elements) else {}
-        if "image" in element:
-            path = element["image"] if "://" in element["image"] else str(Path(root) / element["image"])
-            parts.append({"type": "image", "image": path})
-            pictures.append(path)
-        elif "box" in element:
-            parts.append(_box_part(element["box"], elements[position - 1] if position else {}, pictures))
-        elif "ref" not in element or "box" not in following:
-            plain = next(iter(element.values()))
-            if position and "image" in elements[position - 1]:
-                plain = plain.removeprefix("\n")
-            if "image" in following:
-                plain = re.sub(r"Picture \d+: ?$", "", plain)
-            parts += [{"type": "text", "text": plain}] if plain else []
+        if kind == "image":
+            pictures.append(find(content))
+            parts.append({"type": "image", "image": pictures[-1]})
+        elif kind in ("box", "quad"):
+            parts.append(_corner_part(kind, content, previous.get("ref"), pictures))
+        elif kind == "ref":
+            labelled = "box" in following or "quad" in following
+            parts += [] if labelled else [{"type": "ref", "ref": content}]
+        else:
+            content = content.removeprefix("\n") if "image" in previous else content
+            content = PICTURE_NUMBER.sub("", content) if "image" in following else content
+            parts += [{"type": "text", "text": content}] if content else []
     return parts
 
 
-def _box_part(inner: str, previous: Mapping[str, str], pictures: Sequence[str]) -> dict[str, Any]:
+def _corner_part(kind: str, text: str, label: str | None, pictures: Sequence[ImageSource]) -> dict[str, Any]:
+    numbers = read_corners(text, kind)
     if not pictures:
-        raise UserError(f"the box {inner} in a user's text has no picture before it")
-    _, numbers = boxes_in_response(f"<box>{inner}</box>")[0]
-    size = load_image(pictures[-1]).size
-    corners = [number / 1000 * extent for number, extent in zip(numbers, (*size, *size), strict=True)]
-    return {"type": "box", "box": corners, "label": previous.get("ref")}
+        raise UserError(f"the {kind} {text} in a user's text has no picture before it; put the picture first")
+    width, height = image_size(pictures[-1])
+    corners = [number / 1000 * extent for number, extent in zip(numbers, (width, height) * 4, strict=False)]
+    return {"type": kind, kind: corners, "label": label}
 
 
 def _block(tokenizer: Tokenizer, role: str, content: str) -> tuple[str, list[int]]:

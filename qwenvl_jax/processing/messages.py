@@ -6,6 +6,8 @@ A message is `{"role": "system"|"user"|"assistant", "content": str | [part, ...]
     {"type": "image", "image": path, URL, bytes, data URI, PIL image or array}
     {"type": "image_url", "image_url": {"url": ...}}                     # OpenAI's spelling of the same
     {"type": "box", "box": [x1, y1, x2, y2], "label": str or None, "image": int}
+    {"type": "quad", "quad": [x1, y1, ..., x4, y4], "label": ..., "image": ...}   # four corners, for slanted things
+    {"type": "ref", "ref": str}                                          # a label whose box is asked for
 
 Boxes are in pixels of the source picture; `image` numbers the pictures of the whole conversation from 0 and is the
 latest one where absent. How messages become tokens is in `template.py`.
@@ -27,6 +29,8 @@ _PART_KEYS = {
     "image": {"type", "image"},
     "image_url": {"type", "image_url"},
     "box": {"type", "box", "label", "image"},
+    "quad": {"type", "quad", "label", "image"},
+    "ref": {"type", "ref"},
 }
 
 
@@ -41,13 +45,18 @@ class Picture:
 
 
 @dataclasses.dataclass(frozen=True)
+class Ref:
+    label: str
+
+
+@dataclasses.dataclass(frozen=True)
 class BoxPart:
-    corners: tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels of the source picture
+    corners: tuple[float, ...]  # x1, y1, x2, y2 in pixels of the source picture; of a quad x1, y1 to x4, y4
     label: str | None
     size: tuple[int, int]  # width and height of that picture
 
 
-Part = Text | Picture | BoxPart
+Part = Text | Picture | Ref | BoxPart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +99,9 @@ def read_messages(
         for where, part in parts.items():
             if part["type"] == "text":
                 typed.append(Text(part["text"]))
-            elif part["type"] == "box":
+            elif part["type"] == "ref":
+                typed.append(Ref(part["ref"]))
+            elif part["type"] in ("box", "quad"):
                 typed.append(_box(part, where, loaded, seen))
             else:
                 typed.append(Picture(seen))
@@ -146,7 +157,7 @@ def _check_part(part: Any, role: str, where: str) -> None:
     if not isinstance(part, Mapping):
         raise UserError(f"{where} must be a dictionary with a type, not {type(part).__name__}")
     kind = part.get("type")
-    if kind not in _PART_KEYS:
+    if not isinstance(kind, str) or kind not in _PART_KEYS:
         raise UserError(f"{where}.type is {kind!r}; use one of {', '.join(_PART_KEYS)}")
     if kind not in part:
         raise UserError(f"{where} is of type {kind!r} but has no {kind!r}")
@@ -156,15 +167,15 @@ def _check_part(part: Any, role: str, where: str) -> None:
             f"{where} has an unknown key {min(map(str, unknown))!r}; a part of type {kind!r} has "
             + ", ".join(sorted(_PART_KEYS[kind]))
         )
-    if kind == "text" and not isinstance(part["text"], str):
-        raise UserError(f"{where}.text must be a string, not {type(part['text']).__name__}")
+    if kind in ("text", "ref") and not isinstance(part[kind], str):
+        raise UserError(f"{where}.{kind} must be a string, not {type(part[kind]).__name__}")
     url = part.get("image_url")
     if kind == "image_url" and not (isinstance(url, Mapping) and isinstance(url.get("url"), str)):
         raise UserError(f"{where}.image_url must be a dictionary with a string 'url'")
     if kind in ("image", "image_url") and role != "user":
         raise UserError(f"{where} is a picture in a message of role {role!r}; pictures belong to user messages")
-    if kind == "box" and role == "system":
-        raise UserError(f"{where} is a box in the system message; boxes belong to user and assistant messages")
+    if kind in ("box", "quad", "ref") and role == "system":
+        raise UserError(f"{where} is a {kind} in the system message; it belongs to user and assistant messages")
 
 
 def _load(part: RawPart, where: str, load: Callable[[Any], Image.Image]) -> Image.Image:
@@ -176,7 +187,8 @@ def _load(part: RawPart, where: str, load: Callable[[Any], Image.Image]) -> Imag
 
 
 def _box(part: RawPart, where: str, pictures: Sequence[Image.Image], seen: int) -> BoxPart:
-    """A box part, checked against its picture; `seen` counts the pictures before it."""
+    """A box or quad part, checked against its picture; `seen` counts the pictures before it."""
+    kind = part["type"]
     label, index = part.get("label"), part.get("image", seen - 1)
     if label is not None and not isinstance(label, str):
         raise UserError(f"{where}.label must be a string or None, not {type(label).__name__}")
@@ -186,21 +198,26 @@ def _box(part: RawPart, where: str, pictures: Sequence[Image.Image], seen: int) 
         raise UserError(f"{where}.image must be the number of a picture, not {index!r}")
     if not 0 <= index < len(pictures):
         raise UserError(f"{where}.image is {index}, but the conversation has {len(pictures)} pictures, counted from 0")
-    corners = _corners(part["box"], f"{where}.box")
+    corners = _corners(part[kind], kind, f"{where}.{kind}")
     width, height = pictures[index].size
-    x1, y1, x2, y2 = corners
-    if not (0 <= x1 <= x2 <= width and 0 <= y1 <= y2 <= height):
+    xs, ys = corners[0::2], corners[1::2]
+    inside = all(0 <= x <= width for x in xs) and all(0 <= y <= height for y in ys)
+    if not inside or (kind == "box" and (xs[0] > xs[1] or ys[0] > ys[1])):
         raise UserError(
-            f"{where}.box {list(corners)} is not inside its picture of {width} x {height} pixels; "
-            "give [left, top, right, bottom] in pixels"
+            f"{where}.{kind} {list(corners)} is not inside its picture of {width} x {height} pixels; "
+            f"give {'[left, top, right, bottom]' if kind == 'box' else '[x1, y1, ..., x4, y4]'} in pixels"
         )
     return BoxPart(corners, label, (width, height))
 
 
-def _corners(box: Any, where: str) -> tuple[float, float, float, float]:
+def _corners(box: Any, kind: str, where: str) -> tuple[float, ...]:
+    count, form = (4, "four numbers [x1, y1, x2, y2]") if kind == "box" else (8, "eight numbers [x1, y1, ..., x4, y4]")
     values = list(box) if isinstance(box, Sequence) or getattr(box, "ndim", 0) == 1 else []
     real = [value for value in values if not isinstance(value, bool) and isinstance(value, numbers.Real)]
-    if len(values) != 4 or len(real) != 4 or not all(map(math.isfinite, real)):
-        raise UserError(f"{where} must be four numbers [x1, y1, x2, y2] in pixels, not {str(box)[:60]}")
-    x1, y1, x2, y2 = map(float, real)
-    return x1, y1, x2, y2
+    try:
+        corners = tuple(map(float, real))
+    except OverflowError:  # a whole number of hundreds of digits
+        corners = ()
+    if len(values) != count or len(corners) != count or not all(map(math.isfinite, corners)):
+        raise UserError(f"{where} must be {form} in pixels, not {str(box)[:60]}")
+    return corners

@@ -18,7 +18,7 @@ from qwenvl_jax.config import QwenVLConfig, UserError
 from qwenvl_jax.processing import boxes, template
 from qwenvl_jax.processing.boxes import Box
 from qwenvl_jax.processing.images import load_image, preprocess
-from qwenvl_jax.processing.messages import BoxPart, Message, Picture, Text, read_messages
+from qwenvl_jax.processing.messages import BoxPart, Message, Picture, Ref, Text, read_messages
 from qwenvl_jax.processing.template import Piece, Prompt, Segment
 from qwenvl_jax.processing.tokenizer import Tokenizer
 
@@ -82,6 +82,13 @@ class Processor:
         Labels stand at the positions of their tokens (not shifted) and are -100 where nothing is learnt; which those
         are says `template.training_labels`. Nothing is truncated. Raises UserError as `chat` does.
         """
+        body, labels, pictures = self.training_tokens(messages, answers_only)
+        return self._prompt(body, pictures, dropped=0), labels
+
+    def training_tokens(
+        self, messages: Sequence[Mapping[str, Any]], answers_only: bool = False
+    ) -> tuple[Segment, np.ndarray, list[Image.Image]]:
+        """What `training` gives, before the pictures are resized: tokens, labels int32 [T] and RGB pictures."""
         read, pictures = read_messages(messages, self.load, last_role="assistant")
         system, turns = self._split_system(read)
         contents = [("system", system), *((message.role, self._content(message)) for message in turns)]
@@ -90,7 +97,7 @@ class Processor:
         labels: list[int] = []
         for role, content in contents:
             labels += template.training_labels(self.tokenizer, role, content, answers_only)
-        return self._prompt(body, pictures, dropped=0), np.array(labels, np.int32)
+        return body, np.array(labels, np.int32), pictures
 
     def raw(self, text: str, images: Sequence[Any] = ()) -> Prompt:
         """A prompt as the developer wrote it, for base models: no template, and every special token in it counts.
@@ -148,6 +155,8 @@ class Processor:
                     pieces.append(text)
                 case Picture(index):
                     pieces += template.picture_pieces(self.tokenizer, index, index + 1)
+                case Ref(label):
+                    pieces += template.ref_pieces(self.tokenizer, label)
                 case BoxPart(corners, label, size):
                     pieces += template.box_pieces(self.tokenizer, label, corners, size)
         return template.segment(self.tokenizer, pieces)

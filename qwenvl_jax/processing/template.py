@@ -116,11 +116,20 @@ def span_pieces(tokenizer: Tokenizer, row: int) -> list[Piece]:
 
 
 def box_pieces(tokenizer: Tokenizer, label: str | None, corners: Sequence[float], size: tuple[int, int]) -> list[Piece]:
-    """`<ref>label</ref><box>(x1,y1),(x2,y2)</box>` for corners in pixels of a picture of `size` (width, height)."""
-    reference: list[Piece] = []
-    if label is not None:
-        reference = [Special(tokenizer.ref_start_id), label, Special(tokenizer.ref_end_id)]
-    return [*reference, Special(tokenizer.box_start_id), corners_text(corners, size), Special(tokenizer.box_end_id)]
+    """`<ref>label</ref><box>(x1,y1),(x2,y2)</box>` for corners in pixels of a picture of `size` (width, height).
+
+    Four points instead of two give a `<quad>`.
+    """
+    reference = [] if label is None else ref_pieces(tokenizer, label)
+    start, end = tokenizer.box_start_id, tokenizer.box_end_id
+    if len(corners) == 8:
+        start, end = tokenizer.quad_start_id, tokenizer.quad_end_id
+    return [*reference, Special(start), corners_text(corners, size), Special(end)]
+
+
+def ref_pieces(tokenizer: Tokenizer, label: str) -> list[Piece]:
+    """`<ref>label</ref>`."""
+    return [Special(tokenizer.ref_start_id), label, Special(tokenizer.ref_end_id)]
 
 
 def reply_pieces(tokenizer: Tokenizer, text: str) -> list[Piece]:

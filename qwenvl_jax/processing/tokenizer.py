@@ -70,6 +70,9 @@ class Tokenizer:
             "qwen", pat_str=SPLIT_PATTERN, mergeable_ranks=self.ranks, special_tokens=self.special_tokens
         )
 
+    def __reduce__(self):
+        return Tokenizer, (self.ranks, self.n_queries)  # tiktoken's encoder does not pickle
+
     @classmethod
     def from_file(cls, path: str | os.PathLike, n_queries: int = 256) -> "Tokenizer":
         """Reads a `qwen.tiktoken` file. Raises UserError naming the file, and the line where one is wrong."""

@@ -7,14 +7,26 @@ from qwenvl_jax.training.recipe import parse_arguments
 
 
 def main() -> int:
-    """Trains a recipe; 0 at its end, 2 with one line for a mistake in the command or the recipe."""
+    """Trains a recipe.
+
+    Returns 0 at its end or when it was told to stop (SIGTERM), 1 when the loss is no longer a number, 2 with one line
+    for a mistake in the command or the recipe.
+    """
     try:
         recipe = parse_arguments(sys.argv[1:])
+        if recipe.records is not None and not recipe.records.files:
+            raise UserError("records.files is empty; name what to learn, for example --records.files mine.json")
         from qwenvl_jax.training.run import train  # JAX starts here; a mistyped flag should not wait for it
 
         folder = train(recipe)
     except UserError as error:
         print(f"train: {error}", file=sys.stderr)
         return 2
-    print(f"model written to {folder}")
+    except FloatingPointError as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 1
+    if folder is None:
+        print("stopped and saved; the same command goes on")
+    else:
+        print(f"model written to {folder}")
     return 0

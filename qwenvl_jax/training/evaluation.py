@@ -19,16 +19,19 @@ def validation_batches(rows: SceneRows, count: int) -> list[dict[str, np.ndarray
     return [collate([rows[i] for i in range(n * size, (n + 1) * size)], queries) for n in range(count)]
 
 
-def evaluate(step: Callable, params, batches: list[dict[str, np.ndarray]]) -> dict[str, float]:
-    """{"loss": mean over targets, "right/<kind>": share of answers right}; kinds that do not occur are absent."""
+def evaluate(step: Callable, batches: list[tuple[dict, dict]]) -> dict[str, float]:
+    """{"loss": mean over targets, "right/<kind>": share of answers right}; kinds that do not occur are absent.
+
+    batches: each as it was made, and what of it goes to the devices. Batches of records have no kinds of answers.
+    """
     names = ["", *KINDS, "conversation"]
     total = count = 0.0
     right = np.zeros(len(names))
     asked = np.zeros(len(names))
-    for batch in batches:
-        batch_total, batch_count, hits = step(params, device_batch(batch))
+    for batch, placed in batches:
+        batch_total, batch_count, hits = step(placed)
         total, count, hits = total + float(batch_total), count + float(batch_count), np.asarray(hits)
-        for row in range(len(hits)):
+        for row in range(len(hits) if "target_branch" in batch else 0):
             branch = batch["target_branch"][row]
             for number in range(1, branch.max() + 1):
                 where = branch == number

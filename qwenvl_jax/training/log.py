@@ -4,18 +4,30 @@ import json
 import time
 from pathlib import Path
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from qwenvl_jax.training.step import Parameters
+
 
 class RunLog:
-    """Logs of one run in its folder; a context manager, because the progress line and the files want closing."""
+    """Logs of one run in its folder; a context manager, because the progress line and the files want closing.
 
-    def __init__(self, output: Path, steps: int, first: int, tensors: int, parameters: int):
-        self.output, self.console = output, Console(highlight=False)
+    params: all parameters by path, of which those in `trained` move. The first host shows and writes what counts; the
+    others keep their own logs, for their waits, in the subfolder `hosts`.
+    """
+
+    def __init__(self, output: Path, steps: int, first: int, params: Parameters, trained: set[str]):
+        host = jax.process_index()
+        self.output = output = output / "hosts" / str(host) if host else output
+        output.mkdir(parents=True, exist_ok=True)
+        self.console = Console(highlight=False, quiet=host != 0)
         done = f" ({first} done)" if first else ""
-        self.console.print(f"{parameters:,} parameters in {tensors} arrays, {steps} steps{done}, into {output}")
+        total, moving = (sum(p.size for path, p in params.items() if path in which) for which in (params, trained))
+        share = "" if moving == total else f", {moving:,} of them trained"
+        self.console.print(f"{total:,} parameters{share}, {steps} steps{done}, into {output}")
         _forget_after(output / "log.jsonl", first)
         self.file = (output / "log.jsonl").open("a", encoding="utf-8")
         self.writer = SummaryWriter(str(output / "tensorboard"))
@@ -97,7 +109,8 @@ def draw_curve(output: Path) -> None:
             if name.startswith("right/"):
                 points = [(row["step"], row[name]) for row in evaluated if name in row]
                 right.plot(*zip(*points, strict=True), label=name.removeprefix("right/"))
-        right.legend(ncols=2, fontsize="small")
+        if right.lines:  # records have no kinds of answers
+            right.legend(ncols=2, fontsize="small")
     left.set(xlabel="step", ylabel="loss per token", yscale="log")
     right.set(xlabel="step", ylabel="answers right", ylim=(0, 1.02))
     if trained:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
@@ -9,21 +10,24 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from qwenvl_jax.config import UserError
+from qwenvl_jax.training.parts import Parts
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerRecipe:
     """How parameters move.
 
-    `muon` orthogonalises the update of every matrix (Jordan et al. 2024) and treats vectors, embeddings and the output
-    head with Adam at `adam_learning_rate`; `adamw` treats all alike.
+    `adamw` treats all alike (Loshchilov and Hutter 2019). `adafactor` keeps row and column means in place of Adam's
+    second moments, and no first ones (Shazeer and Stern 2018). `muon` orthogonalises the update of every matrix (Jordan
+    et al. 2024) and treats vectors, embeddings and the output head with Adam at `adam_learning_rate`.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
     learning_rate: float = 1e-5
     adam_learning_rate: float | None = None  # muon only; None: learning_rate
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup_steps: int = 0
+    decay_share: float = 0.2  # wsd (warm-up, stable, decay): the last share of the steps, in which the rate falls
     final_share: float = 0.0  # learning rate at the end over its peak
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -34,17 +38,20 @@ class OptimizerRecipe:
     def __post_init__(self):
         if self.learning_rate <= 0:
             raise UserError(f"optimizer.learning_rate is {self.learning_rate}; it must be above 0")
-        if not 0 <= self.final_share <= 1:
-            raise UserError(f"optimizer.final_share is {self.final_share}; it must lie in 0..1")
+        for name in ("final_share", "decay_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must lie in 0..1")
 
 
 def schedule(recipe: OptimizerRecipe, peak: float, steps: int) -> optax.Schedule:
     """Linear warm-up to `peak`, then the recipe's decay until `steps`."""
     rest, end = max(steps - recipe.warmup_steps, 1), peak * recipe.final_share
+    falling = max(round(steps * recipe.decay_share), 1)
     decay = {
         "cosine": lambda: optax.cosine_decay_schedule(peak, rest, recipe.final_share),
         "linear": lambda: optax.linear_schedule(peak, end, rest),
         "constant": lambda: optax.constant_schedule(peak),
+        "wsd": lambda: optax.linear_schedule(peak, end, falling, transition_begin=max(rest - falling, 0)),
     }[recipe.schedule]()
     if not recipe.warmup_steps:
         return decay
@@ -68,17 +75,34 @@ def matrix_axes(path: str, value: jax.Array) -> MuonDimensionNumbers | None:
 
 
 def decays(path: str) -> bool:
-    """Weight decay is for matrices; norms, biases, queries and position tables keep their scale."""
-    return path.endswith(("kernel", "table"))
+    """Weight decay is for matrices, adapters' too; norms, biases, queries and position tables keep their scale."""
+    return path.endswith(("kernel", "table", ".a", ".b"))
 
 
-def make_optimizer(recipe: OptimizerRecipe, params: dict[str, jax.Array], steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run of `steps` updates over `params`, arrays by path."""
+def make_optimizer(
+    recipe: OptimizerRecipe,
+    params: dict[str, jax.Array],
+    steps: int,
+    parts: Parts | None = None,
+    ratios: Mapping[str, float] | None = None,
+) -> optax.GradientTransformation:
+    """The optimizer of a run of `steps` updates over the trained `params`, arrays by path.
+
+    `parts` may give some of them a learning rate of their own, `ratios` a factor: the schedule is scaled for them, and
+    weight decay with it.
+    """
     rate = schedule(recipe, recipe.learning_rate, steps)
     mask = {path: decays(path) for path in params}
     if recipe.name == "adamw":
         core = optax.adamw(
             rate, recipe.beta1, recipe.beta2, recipe.epsilon, weight_decay=recipe.weight_decay, mask=mask
+        )
+    elif recipe.name == "adafactor":
+        core = optax.chain(
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.add_decayed_weights(recipe.weight_decay, mask),
+            optax.scale_by_learning_rate(rate),
         )
     else:
         axes = {path: matrix_axes(path, value) for path, value in params.items()}
@@ -91,4 +115,23 @@ def make_optimizer(recipe: OptimizerRecipe, params: dict[str, jax.Array], steps:
             adam_learning_rate=schedule(recipe, recipe.adam_learning_rate or recipe.learning_rate, steps),
             muon_weight_dimension_numbers=axes,
         )
-    return optax.chain(optax.clip_by_global_norm(recipe.clip_norm), core)
+    return optax.chain(
+        optax.clip_by_global_norm(recipe.clip_norm), core, *_own_rates(recipe, params, parts, ratios or {})
+    )
+
+
+def _own_rates(
+    recipe: OptimizerRecipe, params, parts: Parts | None, ratios: Mapping[str, float]
+) -> list[optax.GradientTransformation]:
+    """What scales the updates of parameters with a rate of their own; nothing where there are none."""
+
+    def scale(path: str, value: jax.Array) -> float:
+        by_adam = recipe.name == "muon" and matrix_axes(path, value) is None
+        usual = (recipe.adam_learning_rate if by_adam else None) or recipe.learning_rate
+        own = parts.of(path).learning_rate if parts else None
+        return (own or usual) / usual * ratios.get(path, 1.0)
+
+    scales = {path: scale(path, value) for path, value in params.items()}
+    if set(scales.values()) == {1.0}:
+        return []
+    return [optax.stateless(lambda updates, _: {path: u * scales[path] for path, u in updates.items()})]

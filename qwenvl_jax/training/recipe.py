@@ -16,8 +16,14 @@ import tyro
 import yaml
 
 from qwenvl_jax.config import QwenVLConfig, UserError, VisionConfig
+from qwenvl_jax.data.record_batches import BatchRecipe
 from qwenvl_jax.data.scene_rows import SceneRecipe
+from qwenvl_jax.models.qwen_vl import Remat
+from qwenvl_jax.nn.lora import LoraRecipe
+from qwenvl_jax.training.hosts import HostsRecipe
 from qwenvl_jax.training.optimizer import OptimizerRecipe
+from qwenvl_jax.training.parts import Parts
+from qwenvl_jax.training.placement import MeshRecipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,19 +84,45 @@ class AuxiliaryRecipe:
 
 
 @dataclasses.dataclass(frozen=True)
+class RecordsRecipe:
+    """Which records are learnt, in which share; see docs/data.md for the formats."""
+
+    files: tuple[str, ...] = ()  # files, folders or tfds:NAME
+    weights: tuple[float, ...] | None = None  # of each, in the mixture; None: every record once an epoch
+    validation: tuple[str, ...] = ()
+    image_root: str | None = None  # where relative picture paths start; None: the folder of their file
+    epochs: int | None = None  # passes over the records; None: as many as `steps` need
+    batches: BatchRecipe = dataclasses.field(default_factory=BatchRecipe)
+
+    def __post_init__(self):
+        if self.epochs is not None and self.epochs < 1:
+            raise UserError(f"records.epochs is {self.epochs}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """One training run."""
 
     output: str = "runs/run"  # folder of checkpoints, logs, curve and the exported model
     start: str | None = None  # checkpoint folder to go on from; None: a new model of the shape below
+    lora: LoraRecipe | None = None  # train an adapter beside `start`, which stays as it is
+    quantize: typing.Literal["int8", "int4", "nf4"] | None = None  # hold the weights under the adapter so (QLoRA: nf4)
     new_model: NewModel = dataclasses.field(default_factory=NewModel)
-    data: SceneRecipe = dataclasses.field(default_factory=SceneRecipe)
+    data: SceneRecipe = dataclasses.field(default_factory=SceneRecipe)  # drawn scenes, where `records` are not given
+    records: RecordsRecipe | None = None
     optimizer: OptimizerRecipe = dataclasses.field(default_factory=OptimizerRecipe)
     auxiliary: AuxiliaryRecipe | None = None
+    parts: Parts = dataclasses.field(default_factory=Parts)
+    mesh: MeshRecipe = dataclasses.field(default_factory=MeshRecipe)
+    hosts: HostsRecipe = dataclasses.field(default_factory=HostsRecipe)
     steps: int = 1000
-    batch_size: int = 24
+    batch_size: int = 24  # sequences of a step, on all devices together
+    accumulate: int = 1  # smaller batches, one after the other, whose gradients make up a step
+    # What is computed in. The trained parameters stay float32 (masters) unless `masters` is off; frozen ones never do.
+    dtype: typing.Literal["float32", "bfloat16"] = "float32"
+    masters: bool = True
+    remat: Remat = "none"  # what the backward pass computes again to save memory: whole layers, or all but products
     seed: int = 0
-    remat: bool = False  # compute each layer again in the backward pass instead of keeping its activations
     workers: int = 1  # processes that draw and tokenise
     log_every: int = 50
     evaluate_every: int = 500
@@ -100,9 +132,18 @@ class Recipe:
     export_dtype: typing.Literal["bfloat16", "float32"] = "bfloat16"
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "evaluate_every", "save_every", "keep", "workers"):
+        positive = ("steps", "batch_size", "accumulate", "log_every", "evaluate_every", "save_every", "keep", "workers")
+        for name in positive:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if (self.lora is not None or self.quantize is not None) and self.start is None:
+            raise UserError("lora and quantize go with a checkpoint; name one with start")
+        if self.quantize is not None and self.lora is None:
+            raise UserError("quantize: quantised weights are not trained; add lora, for an adapter beside them")
+        if self.records is not None and self.auxiliary is not None:
+            raise UserError("auxiliary: its labels are known of drawn scenes alone; leave it out with records")
+        if self.batch_size % self.accumulate:
+            raise UserError(f"batch_size {self.batch_size} does not divide into accumulate {self.accumulate} parts")
 
 
 def read_recipe(path: str | Path) -> Recipe:

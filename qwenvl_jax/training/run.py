@@ -1,147 +1,136 @@
 """A training run from a recipe: build, resume, step, watch, save, export. `train.py` calls `train`."""
 
+import contextlib
 import dataclasses
-import importlib.resources
 import json
+import signal
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import yaml
-from flax import nnx
-from orbax.checkpoint import v1 as ocp
+from jax.experimental import multihost_utils
 
-from qwenvl_jax.checkpoints.folder import VOCABULARY, SmallFiles, locate, read_config, small_files
-from qwenvl_jax.checkpoints.huggingface import load_model, save_model
-from qwenvl_jax.config import QwenVLConfig, UserError
-from qwenvl_jax.data.pipeline import batches
-from qwenvl_jax.data.scene_rows import SceneRows
-from qwenvl_jax.data.scenes import COLORS, GLYPHS, SHAPES, SIZES
-from qwenvl_jax.models.qwen_vl import QwenVL, unstack
-from qwenvl_jax.processing.tokenizer import Tokenizer
-from qwenvl_jax.training.auxiliary import CellHead, CellTargets, start_local
-from qwenvl_jax.training.evaluation import device_batch, evaluate, validation_batches
+from qwenvl_jax.checkpoints.folder import SmallFiles, locate, small_files
+from qwenvl_jax.checkpoints.huggingface import save_model
+from qwenvl_jax.checkpoints.peft import save_adapter
+from qwenvl_jax.config import UserError
+from qwenvl_jax.models.qwen_vl import QwenVL
+from qwenvl_jax.training.build import auxiliary_schedule, build_modules, divide, lora_recipe, rate_ratios
+from qwenvl_jax.training.checkpoints import Checkpoints
+from qwenvl_jax.training.data import open_data
+from qwenvl_jax.training.evaluation import evaluate
+from qwenvl_jax.training.hosts import connect
 from qwenvl_jax.training.log import RunLog
 from qwenvl_jax.training.optimizer import make_optimizer, schedule
+from qwenvl_jax.training.placement import Placement
 from qwenvl_jax.training.recipe import Recipe
-from qwenvl_jax.training.step import TrainState, make_evaluation_step, make_train_step, named_parameters
+from qwenvl_jax.training.step import TrainState, make_evaluation_step, make_train_step
 
 
-def build_modules(recipe: Recipe) -> tuple[dict[str, nnx.Module], QwenVLConfig, Path]:
-    """The modules to train ({"model", and "auxiliary" if wanted}), the configuration and the vocabulary file."""
-    if recipe.start is None:
-        shipped = importlib.resources.files("qwenvl_jax") / "assets" / "tiny" / VOCABULARY
-        vocabulary = Path(recipe.new_model.vocabulary or str(shipped))
-        tokenizer = Tokenizer.from_file(vocabulary, recipe.new_model.n_queries)
-        config = recipe.new_model.config(tokenizer.image_start_id)
-        if tokenizer.n_vocab > config.vocab_size:
-            raise UserError(f"{vocabulary} needs new_model.vocab_size of at least {tokenizer.n_vocab}")
-        model = QwenVL(config, rngs=nnx.Rngs(recipe.seed))
-        if recipe.new_model.start_local:
-            start_local(model)
-    else:
-        folder = locate(recipe.start)
-        config, vocabulary = read_config(folder), folder / VOCABULARY
-        model = load_model(folder, dtype="float32", stacked=True)
-    # Few layers run faster one by one; a deep stack is scanned, or compiling takes minutes.
-    modules: dict[str, nnx.Module] = {"model": unstack(model) if config.num_hidden_layers <= 8 else model}
-    if recipe.auxiliary is not None:
-        targets = CellTargets(*(1 + len(names) for names in (COLORS, SHAPES, SIZES, GLYPHS)))
-        modules["auxiliary"] = CellHead(config.visual, targets, cells=recipe.data.cells, rngs=nnx.Rngs(recipe.seed + 1))
-    return modules, config, vocabulary
+class StopRequest:
+    """Whether the machine is being taken away: SIGTERM is noted, and acted upon between two steps."""
+
+    def __enter__(self) -> "StopRequest":
+        self.received = False
+        self.before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+
+    def _note(self, *_) -> None:
+        self.received = True
+
+    def at(self, step: int) -> bool:
+        """Whether to stop after this step; the same on every host."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.received
 
 
-def auxiliary_schedule(recipe: Recipe):
-    """step -> weight of the auxiliary loss."""
-    if recipe.auxiliary is None:
-        return lambda step: 0.0
-    a = recipe.auxiliary
-    return lambda step: jnp.maximum(a.floor, a.weight - (a.weight - a.floor) * step / (a.until * recipe.steps))
-
-
-class Checkpoints:
-    """Orbax checkpoints of a run: parameters and optimizer apart, so that the first can be read alone."""
-
-    def __init__(self, folder: Path, keep: int):
-        self.checkpointer = ocp.training.Checkpointer(
-            folder.absolute(), preservation_policy=ocp.training.preservation_policies.LatestN(keep)
-        )
-
-    @property
-    def latest(self) -> int | None:
-        return None if self.checkpointer.latest is None else self.checkpointer.latest.step
-
-    def save(self, step: int, state: TrainState) -> None:
-        parts = {"params": state.params, "optimizer": {"memory": state.optimizer, "step": state.step}}
-        self.checkpointer.save_checkpointables_async(step, parts, force=True)
-
-    def load(self, state: TrainState) -> TrainState:
-        """The newest state, into the shapes and shardings of `state`."""
-        parts = {"params": state.params, "optimizer": {"memory": state.optimizer, "step": state.step}}
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), parts)
-        loaded = self.checkpointer.load_checkpointables(self.latest, shapes)
-        return TrainState(loaded["optimizer"]["step"], loaded["params"], loaded["optimizer"]["memory"])
-
-    def close(self) -> None:
-        self.checkpointer.close()
-
-
-def train(recipe: Recipe) -> Path:
+def train(recipe: Recipe) -> Path | None:
     """Runs the recipe to its end, from the newest checkpoint in its output folder if there is one.
 
-    Returns the folder of the exported model. Raises UserError when the folder holds a run of another recipe, and
-    FloatingPointError naming the step when the loss is no longer a number.
+    Returns the folder of the exported model, or None after SIGTERM, when a checkpoint has been saved. Raises UserError
+    when the folder holds a run of another recipe, and FloatingPointError naming the step when the loss is no longer a
+    number.
     """
+    connect(recipe.hosts)
     output = Path(recipe.output)
     output.mkdir(parents=True, exist_ok=True)
     _remember_recipe(recipe, output)
-    modules, config, vocabulary = build_modules(recipe)
-    params, rebuild = named_parameters(modules)
-    optimizer = make_optimizer(recipe.optimizer, params, recipe.steps)
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-    train_step = make_train_step(rebuild, optimizer, auxiliary_schedule(recipe), remat=recipe.remat)
-    step = jax.jit(train_step, donate_argnums=0)
+    placement = Placement(recipe.mesh, recipe.batch_size // recipe.accumulate)
+    modules, config, vocabulary = build_modules(recipe, placement)
+    data = open_data(recipe, config, vocabulary, placement)
+    recipe = dataclasses.replace(recipe, steps=data.steps)
+    params, frozen, rebuild = divide(modules, recipe, placement)
+    optimizer = make_optimizer(recipe.optimizer, params, recipe.steps, recipe.parts, rate_ratios(modules, recipe))
+    del modules
+    start = jax.device_put(jnp.zeros((), jnp.int32), placement.everywhere)
+    state = TrainState(start, params, placement.optimizer(optimizer, params))
+    dtype = recipe.dtype if recipe.dtype != "float32" else None
+    weight = auxiliary_schedule(recipe)
+    dropout = jax.random.key(recipe.seed) if recipe.lora is not None and recipe.lora.dropout > 0 else None
+    make_step = partial(make_train_step, rebuild, optimizer, weight, dtype=dtype)
+    step = jax.jit(make_step(remat=recipe.remat, hidden_of=data.forward, dropout=dropout), donate_argnums=0)
+    vision_step = jax.jit(make_step(vision_only=True), donate_argnums=0)
     alone = 0 if recipe.auxiliary is None else recipe.auxiliary.alone_steps
-    vision_step = make_train_step(rebuild, optimizer, auxiliary_schedule(recipe), vision_only=True)
-    vision_step = jax.jit(vision_step, donate_argnums=0)
-    evaluation_step = jax.jit(make_evaluation_step(rebuild))
-
-    rows = SceneRows(recipe.data, str(vocabulary), config, recipe.steps, recipe.batch_size)
-    validation_recipe = dataclasses.replace(recipe.data, split="val", curriculum=((0.0, 6),), two_pictures_every=0)
-    validation = validation_batches(
-        SceneRows(validation_recipe, str(vocabulary), config, 1, recipe.batch_size), recipe.evaluate_batches
+    evaluation_step = jax.jit(
+        make_evaluation_step(rebuild, dtype=dtype, hidden_of=data.forward), out_shardings=placement.everywhere
     )
-    checkpoints = Checkpoints(output / "checkpoints", recipe.keep)
-    first = 0
-    if checkpoints.latest is not None:
-        state = checkpoints.load(state)
-        first = int(state.step)
-    data = batches(rows, first=first, workers=recipe.workers)
 
     rate = schedule(recipe.optimizer, recipe.optimizer.learning_rate, recipe.steps)
-    with RunLog(output, recipe.steps, first, len(params), sum(p.size for p in params.values())) as log:
+
+    with (
+        contextlib.closing(Checkpoints(output / "checkpoints", recipe.keep)) as checkpoints,
+        contextlib.closing(data.batches(checkpoints.latest or 0)) as batches,
+        RunLog(output, recipe.steps, checkpoints.latest or 0, params | frozen, set(params)) as log,
+        StopRequest() as stop,
+    ):
+        for note in data.notes:
+            log.console.print(note)
+        if checkpoints.latest is not None:
+            state = checkpoints.load(state)
+        first = int(state.step)
         waited, metrics = 0.0, []
         for number in range(first + 1, recipe.steps + 1):
             began = time.perf_counter()
-            batch = device_batch(next(data))
+            batch = placement.batches(next(batches))
             waited += time.perf_counter() - began
-            state, step_metrics = (vision_step if number <= alone else step)(state, batch)
+            state, step_metrics = (vision_step if number <= alone else step)(state, frozen, batch)
             metrics.append(step_metrics)
-            if number % recipe.log_every == 0 or number == recipe.steps:
-                values = {k: float(np.mean([float(m[k]) for m in metrics])) for k in metrics[0]}
-                if not np.isfinite(values["loss"]):
-                    raise FloatingPointError(f"the loss is {values['loss']} in the {len(metrics)} steps up to {number}")
+            stopping = stop.at(number)
+            last = number == recipe.steps
+            if number % recipe.log_every == 0 or last or stopping:
+                _check(metrics, number, data.where)
+                values = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
                 values |= {"learning_rate": float(rate(number)), "data_wait": waited / len(metrics)}
                 log.steps(number, values, len(metrics))
                 waited, metrics = 0.0, []
-            if number % recipe.evaluate_every == 0 or number == recipe.steps:
-                log.evaluation(number, evaluate(evaluation_step, state.params, validation))
-            if number % recipe.save_every == 0 or number == recipe.steps:
-                checkpoints.save(number, state)
-        checkpoints.close()
-    return export(recipe, rebuild(state.params)["model"], output, vocabulary)
+            result = None
+            if data.validation and (number % recipe.evaluate_every == 0 or last):
+                result = evaluate(partial(evaluation_step, state.params, frozen), data.validation)
+                log.evaluation(number, result)
+            if number % recipe.save_every == 0 or last or stopping:
+                _check(metrics, number, data.where)
+                checkpoints.save(state, number, result["loss"] if result else None)
+            if stopping and not last:
+                return None
+    model = rebuild(state.params | frozen)["model"]
+    return export(recipe, model, output, vocabulary) if recipe.lora is None else export_adapter(recipe, model, output)
+
+
+def _check(metrics: list[dict[str, jax.Array]], number: int, where: Callable[[int], list[str]]) -> None:
+    """Raises FloatingPointError if a loss of the steps up to `number` is no number, naming the step and what it saw."""
+    for step, values in enumerate(metrics, number - len(metrics) + 1):
+        if not np.isfinite(values["loss"]):
+            seen = ", ".join(where(step)[:20])
+            raise FloatingPointError(f"the loss of step {step} is {float(values['loss'])}; it was made from {seen}")
 
 
 def export(recipe: Recipe, model: QwenVL, output: Path, vocabulary: Path) -> Path:
@@ -159,10 +148,30 @@ def export(recipe: Recipe, model: QwenVL, output: Path, vocabulary: Path) -> Pat
     return folder
 
 
+def export_adapter(recipe: Recipe, model: QwenVL, output: Path) -> Path:
+    """Writes the adapter in PEFT's format, `output/adapter-STEPS`."""
+    folder = output / f"adapter-{recipe.steps}"
+    if not folder.exists():
+        save_adapter(model, folder, lora_recipe(recipe), base=recipe.start)
+    return folder
+
+
+# What may change between two starts of one run: where it runs and how it tells of it, but not what it computes.
+CIRCUMSTANCES = ("output", "mesh", "hosts", "workers", "log_every", "keep")
+
+
 def _remember_recipe(recipe: Recipe, output: Path) -> None:
     """Writes the recipe into the run's folder, or refuses to go on with a run that another recipe began."""
-    text = yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(recipe))), sort_keys=False, allow_unicode=True)
+    values = json.loads(json.dumps(dataclasses.asdict(recipe)))
     path = output / "recipe.yaml"
-    if path.exists() and path.read_text(encoding="utf-8") != text:
-        raise UserError(f"{path} is of another recipe; give --output another folder, or remove {output} to begin again")
-    path.write_text(text, encoding="utf-8")
+    if path.exists():
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        keys = sorted((values.keys() | before.keys()) - set(CIRCUMSTANCES))
+        other = next((key for key in keys if before.get(key) != values.get(key)), None)
+        if other is not None:
+            raise UserError(
+                f"{path} is of another recipe: {other} was {before.get(other)!r} and is {values.get(other)!r}; "
+                f"give --output another folder, or remove {output} to begin again"
+            )
+    if jax.process_index() == 0:
+        path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")

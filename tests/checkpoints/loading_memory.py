@@ -19,5 +19,6 @@ def peak() -> int:
 folder, stacked = sys.argv[1], sys.argv[2] == "stacked"
 warm_up = jax.jit(lambda x: x @ x)(jnp.ones((64, 64), jnp.bfloat16)).block_until_ready()
 before = peak()
-model = load_model(folder, stacked=stacked, dtype=sys.argv[3] if len(sys.argv) > 3 else None)
+dtype, quantize = (*sys.argv[3:], None, None)[:2]
+model = load_model(folder, stacked=stacked, dtype=dtype, quantize=quantize)
 print(json.dumps({"took": peak() - before, "model": sum(leaf.nbytes for leaf in jax.tree.leaves(model))}))

@@ -234,17 +234,6 @@ def test_a_damaged_folder_is_refused_in_one_clear_line(copy, case):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["qwen-vl-chat-tiny-int4", "qwen-vl-chat-tiny-int4-descact"])
-def test_quantised_checkpoints_are_recognised(fixtures, tmp_path, name):
-    with pytest.raises(UserError, match="int4 checkpoints are not supported yet"):
-        load_model(fixtures / name)
-    shutil.copytree(fixtures / name, tmp_path / "bare")
-    (tmp_path / "bare" / "quantize_config.json").unlink()
-    shutil.copyfile(fixtures / BIN / "config.json", tmp_path / "bare" / "config.json")
-    with pytest.raises(UserError, match="int4 checkpoints are not supported yet"):
-        load_model(tmp_path / "bare")
-
-
 def test_a_truncated_bin_shard_is_named(fixtures, tmp_path):
     shutil.copytree(fixtures / BIN, tmp_path / "copy")
     os.truncate(tmp_path / "copy" / "pytorch_model-00002-of-00003.bin", 600_000)

@@ -68,6 +68,7 @@ def folder(tmp_path, monkeypatch) -> Path:
         (["--checkpoint", "nowhere", "--ask", "What?"], "nowhere"),
         (["--checkpoint", "empty", "--ask", "What?"], "empty"),
         (["--checkpoint", "text.png", "--ask", "What?"], "text.png"),
+        (["--adapter", "empty", "--ask", "What?"], "adapter_config.json"),
         (["--image", str(PICTURE), "--ask", "What?", "--output", "boxes.unknown"], "boxes.unknown"),
         (["--image", str(PICTURE), "--ask", "What?", "--output", "nowhere/boxes.png"], "nowhere"),
         (["--ask", "What?", "--output", "boxes.png"], "--image"),

@@ -1,6 +1,7 @@
 """Attention against its formula in float64, and the masks against their definitions, token by token."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenvl_jax.nn import attention
-from qwenvl_jax.nn.attention import attend, attend_packed, attend_parts, causal_mask, packed_blocks, packed_mask
+from qwenvl_jax.nn.attention import (
+    PackedRows,
+    attend,
+    attend_packed,
+    attend_parts,
+    attend_rows,
+    causal_mask,
+    packed_blocks,
+    packed_mask,
+)
 
 
 def random_qkv(rows, queries, keys, heads=2, head_dim=4, seed=0):
@@ -159,3 +169,41 @@ def test_packed_attention_is_attention_with_the_packed_mask(layout, seed):
     qkv = random_qkv(ROWS, group.shape[1], group.shape[1], seed=seed)
     plain, packed = both_ways()(qkv, group, branch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), packed, plain)
+
+
+def rows_of(lengths: list[list[int]], tokens: int) -> np.ndarray:
+    """group int [B, T] of rows that hold documents of these lengths, and padding."""
+    group = np.zeros((len(lengths), tokens), np.int32)
+    for row, documents in enumerate(lengths):
+        numbers = np.repeat(np.arange(1, len(documents) + 1), documents)
+        group[row, : len(numbers)] = numbers
+    return group
+
+
+@pytest.mark.parametrize("block", [64, 8, 7], ids=["one block", "equal blocks", "a short last block"])
+def test_rows_of_documents_are_attention_with_the_packed_mask(monkeypatch, block):
+    monkeypatch.setattr(attention, "ROW_BLOCK", block)
+    group = rows_of([[5, 1, 9, 8], [9, 9], [3]], 24)
+    qkv = random_qkv(3, 24, 24)
+
+    def weighted(qkv, mask, how):
+        mixed = jnp.where(group[:, :, None, None] > 0, how(*qkv, mask), 0)  # what padding gets means nothing
+        return jnp.sum(jnp.sin(mixed)), mixed
+
+    def outcome(how, mask):
+        return jax.jit(jax.grad(functools.partial(weighted, how=how), has_aux=True))(qkv, mask)
+
+    expected = outcome(attend, packed_mask(group, jnp.zeros_like(group)))
+    found = outcome(attend_rows, PackedRows(group, longest=9))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), found, expected)
+    assert np.isfinite(attend_rows(*qkv, PackedRows(group, longest=9))).all()
+
+
+def test_rows_of_documents_look_no_further_back_than_the_longest(monkeypatch):
+    """No array in the program, forwards and backwards, is as large as the scores of a whole row."""
+    monkeypatch.setattr(attention, "ROW_BLOCK", 16)
+    q, k, v = random_qkv(1, 128, 128, heads=1)
+    rows = PackedRows(rows_of([[32, 32, 32, 32]], 128), longest=32)
+    program = jax.make_jaxpr(jax.grad(lambda q: attend_rows(q, k, v, rows).sum()))(q)
+    sizes = [int(n) * int(m) for n, m in re.findall(r"(?:f32|bool)\[1,(?:1,)?(\d+),(\d+)\]", str(program))]
+    assert max(sizes) == 16 * (16 + 31)

@@ -23,7 +23,7 @@ from torch.nn import functional
 from qwenvl_jax.inference.decode import Generator
 from qwenvl_jax.inference.generate import Generation
 from qwenvl_jax.inference.sampling import SamplingOptions
-from qwenvl_jax.models.qwen_vl import QwenVL, frequencies, unstack
+from qwenvl_jax.models.qwen_vl import QwenVL, Remat, frequencies, unstack
 from qwenvl_jax.nn.attention import causal_mask
 from qwenvl_jax.processing.template import Prompt
 from qwenvl_jax.training.loss import next_token_loss
@@ -33,7 +33,7 @@ GRADIENT = 1e-4  # relative to the largest value of each gradient
 SHORTEST_MARGIN = 1e-3  # between the two best tokens of a greedy step: far beyond rounding
 
 
-def forward(model: QwenVL, inputs, *, remat: bool = False):
+def forward(model: QwenVL, inputs, *, remat: Remat = "none"):
     """Hidden states [B, T, D] of a batch in evaluation mode; NTK and logn are off at this length."""
     positions = np.broadcast_to(np.arange(inputs.ids.shape[1]), inputs.ids.shape)
     rotary = frequencies(model.config, [inputs.ids.shape[1]] * len(inputs.ids))
@@ -41,7 +41,7 @@ def forward(model: QwenVL, inputs, *, remat: bool = False):
     return model(model.embed(inputs.ids, model.encode_images(inputs.pixels), inputs.slots), context, remat=remat)[0]
 
 
-def loss_of(model: QwenVL, inputs, remat: bool):
+def loss_of(model: QwenVL, inputs, remat: Remat):
     hidden = forward(model, inputs, remat=remat)
     positions = np.broadcast_to(np.arange(inputs.ids.shape[1] - 1), inputs.ids[:, 1:].shape)
     total, count = next_token_loss(model, hidden, positions, inputs.labels[:, 1:], chunk=16)
@@ -63,7 +63,7 @@ def theirs(name: str):
     return logits.detach().numpy(), float(loss.detach()), gradients
 
 
-@pytest.mark.parametrize(("name", "remat"), [*((name, False) for name in CONFIGS), ("small_grid", True)])
+@pytest.mark.parametrize(("name", "remat"), [*((name, "none") for name in CONFIGS), ("small_grid", "layers")])
 def test_loss_and_gradients_of_every_parameter(name, remat):
     model, inputs = random_model(CONFIGS[name]), random_inputs(CONFIGS[name])
     both = jax.jit(jax.value_and_grad(lambda m: loss_of(m, inputs, remat), has_aux=True))

@@ -188,3 +188,32 @@ def test_a_chinese_label_is_drawn_with_its_glyphs():
     chinese, absent = plate_of("红色圆形"), plate_of("\U000f0000" * 4)
     assert (chinese != absent).any()
     assert (chinese != plate_of("红色方形")).any()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no boxes, 3 < 4",
+        "<ref>a</ref><box>(0,0),(1000,999)</box><box>( 1, 2.5 ) , (3,4)</box>",
+        "<quad>(1,2),(3,4),(2,1),(0,0)</quad> <ref>label alone</ref>",
+    ],
+)
+def test_notation_to_learn_from(text):
+    assert boxes.notation_problems(text) == []
+
+
+def test_every_problem_of_a_notation_is_found():
+    text = (
+        "</ref><box>(1,2)</box><ref>a<quad>(1,2),(3,4)</quad></box><box>(5,5),(4,6)</box><box>(1,1),(2,1001)</box><box>"
+    )
+    wanted = ["</ref> at character 0 closes", "box '(1,2)' is not of the form", "<ref> at character 22 is not closed",
+              "quad '(1,2),(3,4)' is not of the form", "</box> at character", "turned round", "out of range",
+              "is not closed; add </box>"]  # fmt: skip
+    found = boxes.notation_problems(text)
+    assert len(found) == len(wanted)
+    assert all(part in problem for part, problem in zip(wanted, found, strict=True))
+
+
+@given(st.text("<>/refboxquad(),0123456789 .", max_size=40))
+def test_any_text_is_looked_through(text):
+    assert all(isinstance(problem, str) for problem in boxes.notation_problems(text))

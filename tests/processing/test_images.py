@@ -11,7 +11,7 @@ from PIL import Image
 
 from qwenvl_jax.config import UserError
 from qwenvl_jax.processing import images
-from qwenvl_jax.processing.images import load_image, preprocess
+from qwenvl_jax.processing.images import image_size, load_image, preprocess
 
 TESTS = Path(__file__).parents[1]
 PICTURES = sorted((TESTS / "fixtures" / "images").iterdir())
@@ -163,6 +163,24 @@ def test_exif_orientation_is_applied_and_ignored_in_reference_mode(orientation):
     np.testing.assert_array_equal(pixels_of(content, mode="reference")[..., 0], stored)
     for mode, expected in (("default", upright), ("reference", stored)):  # loading what was loaded changes nothing
         np.testing.assert_array_equal(pixels_of(load_image(content, mode=mode))[..., 0], expected)
+    for kind in ("PNG", "JPEG", "WEBP", "TIFF"):
+        content = encoded(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif)
+        assert image_size(content) == load_image(content).size == (3, 2)
+
+
+def test_the_size_is_known_without_the_pixels(tmp_path):
+    image = Image.effect_noise((300, 200), 50)
+    cut = encoded(image, "JPEG")[:2000]
+    assert image_size(cut) == (300, 200)
+    with pytest.raises(UserError, match="damaged or cut off"):
+        load_image(cut)
+    (tmp_path / "a.png").write_bytes(encoded(image))
+    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), image, np.zeros((200, 300), np.uint8)):
+        assert image_size(source) == (300, 200)
+    with pytest.raises(UserError, match="no such file"):
+        image_size(tmp_path / "b.png")
+    with pytest.raises(UserError, match="URLs are not fetched here"):
+        image_size("https://host/a.png")
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")

@@ -177,26 +177,19 @@ def test_messages_give_the_prompt_of_the_original(case, processor):
     assert len(prompt.pixels) == spans.sum()
 
 
-@pytest.mark.parametrize("case", E2E["finetune"][:2], ids=lambda case: str(case["max_len"]))
-def test_samples_give_the_rows_of_the_original(case, processor):
-    for row, conversation in enumerate(case["conversations"]):
-        prompt, labels = processor.training(legacy.messages_from_sample({"conversations": conversation}, FIXTURES))
-        count = len(labels)
-        expected = np.where(prompt.image_slots >= 0, small.image_pad_id, case["input_ids"][row][:count])
-        np.testing.assert_array_equal(prompt.input_ids, expected)
-        assert labels.tolist() == case["labels"][row][:count]
+def parts_of(text: str, pictures: list | None = None) -> list[dict]:
+    return legacy.user_parts(text, lambda path: path, [] if pictures is None else pictures)
 
 
 def test_parts_of_old_texts(monkeypatch):
     text = "look <img>a.png</img>\n\nat <ref>the dog</ref><box>(100,200),(300,400)</box> <ref>x</ref> "
-    text += "Picture 2: <img>b.png</img>"
-    pictures: list[str] = []
+    text += "<quad>(0,0),(500,0),(500,1000),(0,1000)</quad>Picture 2: <img>b.png</img>"
     with pytest.raises(UserError, match=r"a\.png: no such file"):
-        legacy.user_parts(text, "folder", pictures)
+        parts_of(text)
     monkeypatch.chdir(FIXTURES)
     text = text.replace("a.png", "images/shapes.png").replace("b.png", "http://host/b.png")
-    pictures.clear()
-    parts = legacy.user_parts(text, ".", pictures)
+    pictures: list[str] = []
+    parts = parts_of(text, pictures)
     assert pictures == ["images/shapes.png", "http://host/b.png"]
     assert parts == [
         {"type": "text", "text": "look "},
@@ -204,18 +197,29 @@ def test_parts_of_old_texts(monkeypatch):
         {"type": "text", "text": "\nat "},
         {"type": "box", "box": pytest.approx([21.1, 19.4, 63.3, 38.8]), "label": "the dog"},
         {"type": "text", "text": " "},
-        {"type": "text", "text": "x"},
+        {"type": "ref", "ref": "x"},
         {"type": "text", "text": " "},
+        {"type": "quad", "quad": pytest.approx([0, 0, 105.5, 0, 105.5, 97, 0, 97]), "label": None},
         {"type": "image", "image": "http://host/b.png"},
     ]
 
 
 def test_a_box_without_a_picture_is_refused():
     with pytest.raises(UserError, match="has no picture before it"):
-        legacy.user_parts("<box>(1,2),(3,4)</box>", ".", [])
+        parts_of("<box>(1,2),(3,4)</box>")
 
 
-@pytest.mark.parametrize("turn", [{"from": "gpt", "value": "x"}, {"from": "user"}, {"from": "user", "value": 3}])
-def test_a_wrong_turn_of_a_sample_is_named(turn):
-    with pytest.raises(UserError, match="sample 'id7', turn 1: needs 'from'"):
-        legacy.messages_from_sample({"id": "id7", "conversations": [{"from": "user", "value": "a"}, turn]})
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("<box>(1,2),(3)</box>", "not of the form"),
+        ("<box>(a,2),(3,4)</box>", "not of the form"),
+        ("<quad>(1,2),(3,4)</quad>", "not of the form"),
+        ("<box>(1,2),(3,1001)</box>", "out of range"),
+        ("<box>(5,2),(3,4)</box>", "turned round"),
+        ("<ref>x", "Unclosed <ref>"),
+    ],
+)
+def test_a_box_that_cannot_be_read_is_refused(text, wrong):
+    with pytest.raises(UserError, match=wrong):
+        parts_of(text, [FIXTURES / "images" / "shapes.png"])

@@ -6,7 +6,7 @@ from PIL import Image
 
 from qwenvl_jax.config import UserError
 from qwenvl_jax.processing.images import load_image
-from qwenvl_jax.processing.messages import BoxPart, Message, Picture, Text, read_messages
+from qwenvl_jax.processing.messages import BoxPart, Message, Picture, Ref, Text, read_messages
 
 RED = Image.new("RGB", (40, 30), "red")
 BLUE = Image.new("RGB", (60, 20), "blue")
@@ -72,6 +72,12 @@ def test_a_box_may_come_before_a_picture_that_it_names():
     assert messages[0].parts[0] == BoxPart((0, 0, 40, 30), None, (40, 30))
 
 
+def test_labels_and_quads():
+    quad = {"type": "quad", "quad": [0, 1, 40, 0, 39, 30, 2, 28.5], "label": "a page"}
+    messages, _ = read([user(image(RED), {"type": "ref", "ref": "the page"}, quad)])
+    assert messages[0].parts[1:] == (Ref("the page"), BoxPart((0, 1, 40, 0, 39, 30, 2, 28.5), "a page", (40, 30)))
+
+
 def test_arrays_are_fine_as_boxes():
     messages, _ = read([user(image(), {"type": "box", "box": np.array([1, 2, 3, 4], np.float32)})])
     assert messages[0].parts[1].corners == (1.0, 2.0, 3.0, 4.0)
@@ -113,6 +119,11 @@ def test_arrays_are_fine_as_boxes():
         ([user({"type": "text"})], "messages[0].content[0] is of type 'text' but has no 'text'"),
         ([user({"type": "image"})], "messages[0].content[0] is of type 'image' but has no 'image'"),
         ([user({"type": "text", "text": 3})], "messages[0].content[0].text must be a string, not int"),
+        ([user({"type": "ref", "ref": 3})], "messages[0].content[0].ref must be a string, not int"),
+        ([user({"type": ["ref"]})], "messages[0].content[0].type is ['ref']"),
+        ([user(image(), {"type": "quad", "quad": [1, 2, 3, 4]})], "content[1].quad must be eight numbers"),
+        ([user(image(), {"type": "quad", "quad": [1] * 7 + [99]})], "content[1].quad [1.0, 1.0, 1.0, 1.0, 1.0, 1.0"),
+        ([user(image(), box(0, 0, 1, 10**400))], "content[1].box must be four numbers"),
         (
             [user(text("x") | {"txt": "y"})],
             "content[0] has an unknown key 'txt'; a part of type 'text' has text, type",

@@ -178,6 +178,7 @@ def watched(action):
 def test_paths_in_text_open_nothing(audit, tmp_path):
     RED.save(tmp_path / "red.png")
     path = tmp_path / "red.png"
+    load_image(path)  # Pillow imports its readers when it is first asked for one
     assert watched(lambda: load_image(path)).size == RED.size
     assert audit == [f"open {path}"]  # the hook sees what is opened
     text = f"<img>/etc/passwd</img> Picture 1: <img>{path}</img>\n<img>http://127.0.0.1/</img> file:///etc/passwd"

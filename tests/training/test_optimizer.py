@@ -1,11 +1,13 @@
 """Muon moves every matrix as a whole: stacked, listed and fused ones alike; Adam has the rest."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qwenvl_jax.config import UserError
 from qwenvl_jax.training.optimizer import OptimizerRecipe, make_optimizer, schedule
+from qwenvl_jax.training.parts import Part, Parts
 
 LENGTH, DIM = 2, 16
 # Parameter, its shape, and how to see its update as a batch of [in, out] matrices.
@@ -65,3 +67,39 @@ def test_schedules_warm_up_and_end_where_they_should():
 def test_a_share_outside_its_range_is_refused():
     with pytest.raises(UserError, match="final_share"):
         OptimizerRecipe(final_share=2)
+
+
+def test_warm_up_stable_decay():
+    rate = schedule(OptimizerRecipe(learning_rate=1.0, schedule="wsd", warmup_steps=10, decay_share=0.2), 1.0, 100)
+    assert [round(float(rate(step)), 3) for step in (0, 10, 79, 80, 90, 100)] == [0.1, 1.0, 1.0, 1.0, 0.5, 0.0]
+
+
+def test_adafactor_keeps_rows_and_columns_and_finds_a_minimum():
+    recipe = OptimizerRecipe("adafactor", 0.05, weight_decay=0.0)
+    goal = jnp.asarray(np.random.default_rng(0).normal(size=(256, 128)), jnp.float32)
+    params = {"model.layers.up.kernel": jnp.zeros((256, 128))}
+    optimizer = make_optimizer(recipe, params, 200)
+    memory = optimizer.init(params)
+    assert sum(leaf.size for leaf in jax.tree.leaves(memory)) < 2 * (256 + 128)
+
+    def step(_, carry):
+        params, memory = carry
+        grads = {name: value - goal for name, value in params.items()}
+        updates, memory = optimizer.update(grads, memory, params)
+        return {name: value + updates[name] for name, value in params.items()}, memory
+
+    params, _ = jax.jit(lambda carry: jax.lax.fori_loop(0, 200, step, carry))((params, memory))
+    np.testing.assert_allclose(params["model.layers.up.kernel"], goal, atol=0.05)
+
+
+def test_a_part_with_its_own_rate_moves_by_it():
+    params = {"model.layers.up.kernel": jnp.ones((16, 16)), "model.embedding.table": jnp.ones((16, 16))}
+    parts = Parts(language=Part(learning_rate=0.2), embeddings=Part(learning_rate=0.03))
+    recipe = OptimizerRecipe("muon", 0.1, adam_learning_rate=0.01, schedule="constant", weight_decay=0.0)
+    grads = {name: jnp.asarray(np.random.default_rng(0).normal(size=(16, 16)), jnp.float32) for name in params}
+    moves = []
+    for chosen in (None, parts):
+        optimizer = make_optimizer(recipe, params, 10, chosen)
+        moves.append(optimizer.update(grads, optimizer.init(params), params)[0])
+    for name, ratio in (("model.layers.up.kernel", 2), ("model.embedding.table", 3)):
+        np.testing.assert_allclose(moves[1][name], ratio * moves[0][name], rtol=1e-5)

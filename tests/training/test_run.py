@@ -106,6 +106,23 @@ def test_a_killed_run_resumes_bit_for_bit(undisturbed, tmp_path):
     assert logged(run) == logged(undisturbed)
 
 
+def test_sigterm_saves_and_ends_well(undisturbed, tmp_path):
+    """What a cluster sends before it takes a machine away; here once the first step is done, between checkpoints."""
+    run = tmp_path / "run"
+    process = start(run, tmp_path / "script.py")
+    log = run / "log.jsonl"
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline and not (log.exists() and log.read_text()):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 0
+    saved = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
+    assert saved
+    assert [row["step"] for row in logged(run)] == list(range(1, saved[-1] + 1))
+    assert start(run, tmp_path / "script.py").wait() == 0
+    assert logged(run) == logged(undisturbed)
+
+
 def test_the_export_loads_and_the_run_leaves_its_record(undisturbed):
     model = load_model(undisturbed / "model-6")
     assert model.config.hidden_size == 128

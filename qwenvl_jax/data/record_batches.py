@@ -1,0 +1,258 @@
+"""Training records to batches of fixed shape: measured, planned, then made one by one, by number.
+
+A batch is a pure function of (recipe, records, number), so the number of batches done is all the state that the data
+has. Several processes share each batch: every one makes its own rows and its own part of the pictures.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Generator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from qwenvl_jax.config import UserError
+from qwenvl_jax.data.feature_cache import FeatureCache
+from qwenvl_jax.data.measure import AllRecords, Measures, measure
+from qwenvl_jax.data.mixture import Mixture
+from qwenvl_jax.data.pipeline import ahead
+from qwenvl_jax.data.plan import BatchShape, make_plan, picture_slots
+from qwenvl_jax.processing.images import preprocess
+from qwenvl_jax.processing.processor import Processor
+from qwenvl_jax.processing.template import IGNORED, Segment
+
+SHOWN = 5  # bad records that an error names
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchRecipe:
+    """How records become batches."""
+
+    max_length: int = 2048  # tokens of a row
+    packing: bool = True  # several records in a row; else one, and records of like length share a batch
+    answers_only: bool = False  # learn answers alone; else also what delimits turns, as the original does
+    too_long: Literal["cut", "skip"] = "cut"  # longer records lose text after the last picture, or are left out
+    bad_records: Literal["stop", "skip"] = "stop"  # a mistake ends the run before it begins, or the record is left out
+    pictures: int | None = None  # picture slots of a batch; None: a few more than an average batch needs
+
+    def __post_init__(self):
+        if self.max_length < 1:
+            raise UserError(f"max_length is {self.max_length}; it must be at least 1")
+        if self.pictures is not None and self.pictures < 0:
+            raise UserError(f"pictures is {self.pictures}; it must be 0 or more, or left out")
+
+
+class RecordBatches:
+    """A random-access source of batches of records, as many as `steps` or as `epochs` passes over the records need.
+
+    mixture: the records and their order; rows: of a batch, over all processes; process: which of `processes` this is;
+    measures: where they are known already, else `workers` processes make them, and the file `cache` remembers them;
+    features: where those of all pictures are cached, batches hold them in place of the pixels.
+    `len()` is the number of batches; `longest`, the most tokens of a record, is static for `nn.attention.PackedRows`;
+    `skipped` says of each record left out why, and `cut` counts those that lose text. Raises UserError when records are
+    bad (unless told to skip them), none is left, or rows or picture slots do not divide among the processes.
+    """
+
+    def __init__(
+        self,
+        recipe: BatchRecipe,
+        mixture: Mixture,
+        processor: Processor,
+        rows: int,
+        *,
+        steps: int | None = None,
+        epochs: int | None = None,
+        process: int = 0,
+        processes: int = 1,
+        measures: Measures | None = None,
+        features: FeatureCache | None = None,
+        cache: Path | None = None,
+        workers: int = 0,
+    ):
+        self.recipe, self.processor, self.features = recipe, processor, features
+        self.source = AllRecords(mixture.sources)
+        if (steps is None) == (epochs is None):
+            raise UserError("give either steps or epochs")
+        self.process, self.processes = process, processes
+        measures = measures or measure(self.source, processor, cache=cache, workers=workers)
+        if measures.problems and recipe.bad_records == "stop":
+            raise UserError(_bad_records(measures.problems))
+        self.measured, self.pictures = measures.tokens, measures.pictures
+        self._reasons = _left_out(recipe, measures)
+        usable = np.array([index not in self._reasons for index in range(len(self.source))])
+        if not usable.any():
+            first = f"; the first: {self.skipped[0]}" if self._reasons else ""
+            raise UserError(f"none of the {len(usable)} records can be trained on{first}")
+        self.tokens = np.where(usable, np.minimum(measures.tokens, recipe.max_length), 0)
+        self.cut = int(np.sum(measures.tokens[usable] > recipe.max_length))
+        self.longest = int(self.tokens.max())
+        slots = recipe.pictures
+        if slots is None:
+            known = self.tokens[usable], self.pictures[usable]
+            slots = picture_slots(*known, rows, recipe.max_length, recipe.packing)
+        if not self.pictures[usable].any():
+            slots = 0
+        for name, value in (("rows", rows), ("picture slots", slots)):
+            if value % processes:
+                raise UserError(f"a batch of {value} {name} does not divide among {processes} processes")
+        self.shape = BatchShape(rows, recipe.max_length, slots)
+        passes = (order[usable[order]] for order in self.source.passes(mixture))
+        self.plan = make_plan(
+            itertools.islice(passes, epochs),
+            self.tokens,
+            self.pictures,
+            self.shape,
+            packing=recipe.packing,
+            seed=mixture.seed,
+            batches=steps,
+        )
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    @property
+    def skipped(self) -> list[str]:
+        """Of each record that is left out, its place and why."""
+        return [
+            reason if bad else f"{self.source[i].where}: {reason}" for i, (bad, reason) in sorted(self._reasons.items())
+        ]
+
+    def counts(self, number: int) -> dict[str, float]:
+        """Of batch `number`, over all processes: records, pictures, tokens, and the shares of padding of both."""
+        length, rows = self.plan[number]
+        records = np.concatenate(rows)
+        tokens, pictures = int(self.tokens[records].sum()), int(self.pictures[records].sum())
+        return {
+            "records": len(records),
+            "tokens": tokens,
+            "pictures": pictures,
+            "padding": 1 - tokens / (self.shape.rows * length),
+            "picture_padding": 1 - pictures / self.shape.pictures if self.shape.pictures else 0.0,
+        }
+
+    def where(self, number: int) -> list[str]:
+        """The places ("file:line") of the records of batch `number`, over all processes, row by row."""
+        return [self.source[int(record)].where for row in self.plan[number][1] for record in row]
+
+    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+        """This process's share of a batch: B rows of T tokens and I pictures.
+
+        int32 [B, T]: ids; slots (rows of the features of all processes' pictures, flattened; -1 at text); positions,
+        which restart in each record; group, the number of a record in its row from 1, 0 for padding; targets, the
+        trained tokens of a row, then IGNORED; and target_positions, of the token that predicts each. float32 [I, 3, S,
+        S]: pixels, zeros in slots without a picture; absent where no record has one. Where features are cached, they
+        take their place as features [I, Q, D], in the model's dtype.
+        """
+        length, rows = self.plan[number]
+        own_rows, own_pictures = self._share(self.shape.rows), self._share(self.shape.pictures)
+        batch = _empty_rows(len(own_rows), length)
+        shown_as = self._empty_pictures(len(own_pictures))
+        seen = 0  # pictures before a record
+        for row, records in enumerate(rows):
+            place = trained = 0
+            for group, record in enumerate(records.tolist(), start=1):
+                shown = range(seen, seen + int(self.pictures[record]))
+                seen = shown.stop
+                here = [picture for picture in shown if picture in own_pictures]
+                if row not in own_rows and not here:
+                    continue
+                tokens, labels, pictures = self._read(record)
+                for picture in here:
+                    shown_as[picture - own_pictures.start] = self._see(pictures[picture - shown.start])
+                if row in own_rows:
+                    views = {name: batch[name][row - own_rows.start] for name in batch}
+                    first_slot = shown.start * self.processor.config.visual.n_queries
+                    trained += _write(views, tokens, labels, group, place, trained, first_slot)
+                    place += len(tokens)
+        if self.shape.pictures:
+            batch["pixels" if self.features is None else "features"] = shown_as
+        return batch
+
+    def _empty_pictures(self, count: int) -> np.ndarray:
+        vision = self.processor.config.visual
+        if self.features is not None:
+            return np.zeros((count, *self.features.shape), self.features.dtype)
+        return np.zeros((count, 3, vision.image_size, vision.image_size), np.float32)
+
+    def _see(self, picture: Image.Image) -> np.ndarray:
+        """What the model gets of a picture: its features [Q, D] where they are cached, else its pixels [3, S, S]."""
+        if self.features is not None:
+            return self.features.read(picture)
+        return preprocess([picture], self.processor.config.visual.image_size)[0]
+
+    def _share(self, count: int) -> range:
+        """This process's part of `count` things."""
+        size = count // self.processes
+        return range(self.process * size, (self.process + 1) * size)
+
+    def _read(self, index: int) -> tuple[Segment, np.ndarray, list[Image.Image]]:
+        """Tokens and labels of a record, cut to the row, and its pictures."""
+        record = self.source[index]
+        try:
+            tokens, labels, pictures = self.processor.training_tokens(record.messages, self.recipe.answers_only)
+        except UserError as error:
+            raise UserError(f"{record.where}: {error}") from None
+        if (len(tokens), len(pictures)) != (self.measured[index], self.pictures[index]):
+            raise UserError(f"{record.where}: has changed since the run began; start again from the same records")
+        most = self.recipe.max_length
+        return Segment(tokens.ids[:most], tokens.slots[:most]), labels[:most], pictures
+
+
+def record_batches(batches: RecordBatches, *, first: int = 0, workers: int = 1) -> Generator[dict[str, np.ndarray]]:
+    """The batches from number `first` on, in order, made ahead by `workers` processes; 0: in this one, when asked for.
+
+    They are the same for any number of workers, so a run resumes with `first` as the number of batches done.
+    """
+    return ahead(batches, first=first, workers=workers)
+
+
+def _empty_rows(rows: int, length: int) -> dict[str, np.ndarray]:
+    batch = {name: np.zeros((rows, length), np.int32) for name in ("ids", "positions", "group", "target_positions")}
+    return batch | {
+        name: np.full((rows, length), fill, np.int32) for name, fill in (("slots", -1), ("targets", IGNORED))
+    }
+
+
+def _write(
+    row: dict[str, np.ndarray],
+    tokens: Segment,
+    labels: np.ndarray,
+    group: int,
+    start: int,
+    trained: int,
+    first_slot: int,
+) -> int:
+    """Writes a record into a row at `start`, its targets behind the `trained` that are there; returns how many."""
+    ids, slots = tokens.arrays()
+    place = slice(start, start + len(ids))
+    row["ids"][place], row["group"][place] = ids, group
+    row["positions"][place] = np.arange(len(ids))
+    row["slots"][place] = np.where(slots >= 0, slots + first_slot, -1)
+    predicted = 1 + np.flatnonzero(labels[1:] != IGNORED)  # nothing stands before a record's first token
+    places = slice(trained, trained + len(predicted))
+    row["targets"][places], row["target_positions"][places] = labels[predicted], start + predicted - 1
+    return len(predicted)
+
+
+def _left_out(recipe: BatchRecipe, measures: Measures) -> dict[int, tuple[bool, str]]:
+    """Records that are not trained on, by index: whether they are bad, and why."""
+    reasons = {index: (True, problem) for index, problem in measures.problems.items()}
+    for index in np.flatnonzero(measures.tokens > recipe.max_length).tolist():
+        if recipe.too_long == "skip":
+            reasons[index] = (False, f"has {measures.tokens[index]} tokens, more than max_length {recipe.max_length}")
+        elif measures.needed[index] > recipe.max_length:
+            least = f"it needs {measures.needed[index]}"
+            reasons[index] = (False, f"max_length {recipe.max_length} cuts a picture or all of the answers; {least}")
+    if recipe.pictures is not None:
+        for index in np.flatnonzero(measures.pictures > recipe.pictures).tolist():
+            reason = f"has {measures.pictures[index]} pictures, more than the {recipe.pictures} of a batch"
+            reasons.setdefault(index, (False, reason))
+    return reasons
+
+
+def _bad_records(problems: dict[int, str]) -> str:
+    shown = "; ".join(problems[index] for index in sorted(problems)[:SHOWN])
+    more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    return f"{len(problems)} records cannot be trained on (bad_records: skip leaves them out): {shown}{more}"

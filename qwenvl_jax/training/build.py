@@ -1,0 +1,118 @@
+"""What a recipe trains: the modules, and which of their parameters move."""
+
+import importlib.resources
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qwenvl_jax.checkpoints.adapters import add_adapters, learning_rate_ratios, trainable_paths
+from qwenvl_jax.checkpoints.folder import VOCABULARY, locate, read_config, small_files
+from qwenvl_jax.checkpoints.huggingface import load_model
+from qwenvl_jax.config import QwenVLConfig, UserError
+from qwenvl_jax.data.scenes import COLORS, GLYPHS, SHAPES, SIZES
+from qwenvl_jax.models.quantised import quantised_linears
+from qwenvl_jax.models.qwen_vl import QwenVL, unstack
+from qwenvl_jax.nn.lora import LoraRecipe
+from qwenvl_jax.processing.tokenizer import Tokenizer
+from qwenvl_jax.training.auxiliary import CellHead, CellTargets, start_local
+from qwenvl_jax.training.placement import Placement
+from qwenvl_jax.training.recipe import Recipe
+from qwenvl_jax.training.step import Parameters, named_parameters
+
+FEW_LAYERS = 8  # run faster one by one; a deeper stack is scanned, or compiling takes minutes
+
+
+def build_modules(recipe: Recipe, placement: Placement) -> tuple[dict[str, nnx.Module], QwenVLConfig, Path]:
+    """The modules to train ({"model", and "auxiliary" if wanted}), the configuration and the vocabulary file."""
+    if recipe.start is None:
+        shipped = importlib.resources.files("qwenvl_jax") / "assets" / "tiny" / VOCABULARY
+        vocabulary = Path(recipe.new_model.vocabulary or str(shipped))
+        tokenizer = Tokenizer.from_file(vocabulary, recipe.new_model.n_queries)
+        config = recipe.new_model.config(tokenizer.image_start_id)
+        if tokenizer.n_vocab > config.vocab_size:
+            raise UserError(f"{vocabulary} needs new_model.vocab_size of at least {tokenizer.n_vocab}")
+        model = QwenVL(config, rngs=nnx.Rngs(recipe.seed))
+        if recipe.new_model.start_local:
+            start_local(model)
+    else:
+        folder = locate(recipe.start)
+        config, vocabulary = read_config(folder), folder / VOCABULARY
+        dtype = None if recipe.lora is None else recipe.dtype  # without, `divide` decides for each parameter
+        model = load_model(
+            folder,
+            dtype=dtype,
+            mesh=placement.mesh,
+            rules=placement.rules,
+            stacked=True,
+            quantize=recipe.quantize,
+        )
+        if quantised_linears(model) and recipe.lora is None:
+            raise UserError(f"{folder}: quantised weights cannot be trained; add lora, or start from float ones")
+    if config.num_hidden_layers <= FEW_LAYERS:
+        model = unstack(model)
+    if recipe.lora is not None:
+        model = add_adapters(model, lora_recipe(recipe), nnx.Rngs(recipe.seed))
+    modules: dict[str, nnx.Module] = {"model": model}
+    if recipe.auxiliary is not None:
+        targets = CellTargets(*(1 + len(names) for names in (COLORS, SHAPES, SIZES, GLYPHS)))
+        modules["auxiliary"] = CellHead(config.visual, targets, cells=recipe.data.cells, rngs=nnx.Rngs(recipe.seed + 1))
+    return modules, config, vocabulary
+
+
+def _model(modules: dict[str, nnx.Module]) -> QwenVL:
+    model = modules["model"]
+    assert isinstance(model, QwenVL)
+    return model
+
+
+def lora_recipe(recipe: Recipe) -> LoraRecipe:
+    """The recipe of the adapter, with the modules that a base model trains whole."""
+    assert recipe.lora is not None
+    assert recipe.start is not None
+    return recipe.lora.for_checkpoint(small_files(locate(recipe.start))["generation_config"])
+
+
+def divide(
+    modules: dict[str, nnx.Module], recipe: Recipe, placement: Placement
+) -> tuple[Parameters, Parameters, Callable[[Parameters], Any]]:
+    """The trained parameters and the frozen ones, by path, placed, and the function that makes modules of both.
+
+    Trained ones are in float32 if the recipe wants masters, else in its dtype, as frozen ones are; those under an
+    adapter stay as they were loaded. Raises UserError if all are frozen.
+    """
+    moving = None
+    if recipe.lora is not None:
+        moving = {f"model.{path}" for path in trainable_paths(_model(modules), lora_recipe(recipe))}
+    shardings = placement.parameters(modules)
+    params, rebuild = named_parameters(modules)
+    trained: Parameters = {}
+    frozen: Parameters = {}
+    for path in list(params):
+        value = params.pop(path)
+        is_frozen = recipe.parts.of(path).freeze or (moving is not None and path not in moving)
+        if not (is_frozen and moving is not None):
+            value = value.astype(jnp.float32 if recipe.masters and not is_frozen else recipe.dtype)
+        (frozen if is_frozen else trained)[path] = jax.device_put(value, shardings[path])
+    if not any(path.startswith("model.") for path in trained):
+        raise UserError("parts: everything is frozen; there is nothing to train")
+    return trained, frozen, rebuild
+
+
+def rate_ratios(modules: dict[str, nnx.Module], recipe: Recipe) -> dict[str, float]:
+    """Factors of the learning rate by path: LoRA+'s, where the recipe has an adapter."""
+    if recipe.lora is None:
+        return {}
+    ratios = learning_rate_ratios(_model(modules), lora_recipe(recipe))
+    return {f"model.{path}": ratio for path, ratio in ratios.items() if ratio != 1}
+
+
+def auxiliary_schedule(recipe: Recipe) -> Callable[[jax.Array], jax.Array]:
+    """step -> weight of the auxiliary loss."""
+    if recipe.auxiliary is None:
+        return lambda step: jnp.zeros(())
+    a = recipe.auxiliary
+    return lambda step: jnp.maximum(a.floor, a.weight - (a.weight - a.floor) * step / (a.until * recipe.steps))

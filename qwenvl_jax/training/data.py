@@ -1,0 +1,151 @@
+"""What a run learns from, drawn scenes or records, in the form in which the training loop takes both."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Generator
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from qwenvl_jax.config import QwenVLConfig, UserError
+from qwenvl_jax.data.mixture import Mixture
+from qwenvl_jax.data.pipeline import batches
+from qwenvl_jax.data.record_batches import RecordBatches, record_batches
+from qwenvl_jax.data.records import open_records
+from qwenvl_jax.data.scene_rows import SceneRows
+from qwenvl_jax.processing.processor import Processor
+from qwenvl_jax.processing.tokenizer import Tokenizer
+from qwenvl_jax.training.evaluation import device_batch, validation_batches
+from qwenvl_jax.training.placement import Placement
+from qwenvl_jax.training.recipe import Recipe
+from qwenvl_jax.training.record_rows import record_hidden
+from qwenvl_jax.training.step import packed_hidden
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunData:
+    """The data of a run.
+
+    batches: from a number of steps done, an iterator over this host's share of each step, arrays [A, ...] of
+    `accumulate` batches; validation: batches, and what of them goes to the devices; forward: the forward pass for these
+    rows; where: of a step, counted from 1, what it shows; notes: what the user should know before the first step.
+    """
+
+    steps: int
+    batches: Callable[[int], Generator[Batch]]
+    validation: list[tuple[Batch, dict]]
+    forward: Callable
+    where: Callable[[int], list[str]]
+    notes: list[str]
+
+
+def open_data(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: Placement) -> RunData:
+    """The records of the recipe, or scenes where it names none. Raises UserError naming what is wrong with a record."""
+    if recipe.records is None:
+        return _scenes(recipe, config, vocabulary, placement)
+    return _records(recipe, config, vocabulary, placement)
+
+
+def _scenes(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: Placement) -> RunData:
+    rows = SceneRows(recipe.data, str(vocabulary), config, recipe.steps, recipe.batch_size)
+    validation_recipe = dataclasses.replace(recipe.data, split="val", curriculum=((0.0, 6),), two_pictures_every=0)
+    validation_rows = SceneRows(validation_recipe, str(vocabulary), config, 1, recipe.batch_size)
+    validation = validation_batches(validation_rows, recipe.evaluate_batches)
+
+    def scenes_of(step: int) -> list[str]:
+        first = (step - 1) * recipe.batch_size
+        return [f"{recipe.data.split} scenes of rows {first} to {first + recipe.batch_size - 1}"]
+
+    def from_step(first: int) -> Generator[Batch]:
+        drawn = batches(rows, first=first, workers=recipe.workers, splits=recipe.accumulate, share=placement.rows)
+        with contextlib.closing(drawn):
+            yield from map(device_batch, drawn)
+
+    return RunData(
+        recipe.steps,
+        from_step,
+        [(batch, device_batch(batch)) for batch in validation],
+        packed_hidden,
+        scenes_of,
+        [],
+    )
+
+
+def _records(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: Placement) -> RunData:
+    wanted, splits = recipe.records, recipe.accumulate
+    assert wanted is not None
+    processor = Processor(Tokenizer.from_file(vocabulary, config.visual.n_queries), config)
+    share = len(placement.rows)
+    shared = partial(
+        RecordBatches,
+        processor=processor,
+        rows=placement.batch_size,
+        process=placement.rows.start // share,
+        processes=placement.batch_size // share,
+        workers=recipe.workers,
+    )
+
+    def mixture(files: tuple[str, ...], weights: tuple[float, ...] | None) -> Mixture:
+        return Mixture([open_records(file, wanted.image_root) for file in files], weights, recipe.seed)
+
+    steps = None if wanted.epochs else recipe.steps * splits
+    records = shared(
+        wanted.batches, mixture(wanted.files, wanted.weights), steps=steps, epochs=wanted.epochs, cache=_cache(recipe)
+    )
+    if len(records) < splits:
+        raise UserError(f"records: {len(records)} batches are fewer than the {splits} of one step")
+    bounds = [records.longest]
+    validation: list[tuple[Batch, dict]] = []
+    if wanted.validation:
+        held = shared(
+            dataclasses.replace(wanted.batches, packing=True, bad_records="skip"),
+            mixture(wanted.validation, None),
+            epochs=1,
+        )
+        bounds.append(held.longest)
+        for number in range(min(len(held), recipe.evaluate_batches)):
+            placed = placement.batches({name: value[None] for name, value in held[number].items()})
+            validation.append(({}, jax.tree.map(lambda x: x[0], placed)))
+
+    def from_step(first: int) -> Generator[Batch]:
+        if first * splits >= len(records):
+            return
+        with contextlib.closing(record_batches(records, first=first * splits, workers=recipe.workers)) as made:
+            for _ in range(first, len(records) // splits):
+                yield _stack([next(made) for _ in range(splits)])
+
+    notes = [f"left out: {reason}" for reason in records.skipped[:5]]
+    if len(records.skipped) > len(notes):
+        notes.append(f"left out: {len(records.skipped) - len(notes)} more records")
+    if records.cut:
+        notes.append(f"cut: {records.cut} records lose text beyond {wanted.batches.max_length} tokens")
+    return RunData(
+        len(records) // splits,
+        from_step,
+        validation,
+        partial(record_hidden, longest=max(bounds)),
+        lambda step: [place for i in range(splits) for place in records.where((step - 1) * splits + i)],
+        notes,
+    )
+
+
+def _cache(recipe: Recipe) -> Path:
+    """Where the numbers of tokens of the records are remembered between two starts."""
+    return Path(recipe.output) / "measured"
+
+
+def _stack(made: list[Batch]) -> Batch:
+    """Batches in one, [A, ...]; shorter rows are padded to the longest."""
+    length = max(batch["ids"].shape[1] for batch in made)
+    padding = {"slots": -1, "targets": -100}
+
+    def grown(name: str, value: np.ndarray) -> np.ndarray:
+        if value.ndim != 2:
+            return value
+        return np.pad(value, ((0, 0), (0, length - value.shape[1])), constant_values=padding.get(name, 0))
+
+    return {name: np.stack([grown(name, batch[name]) for batch in made]) for name in made[0]}

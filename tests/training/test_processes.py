@@ -1,0 +1,86 @@
+"""Training over two real processes: the losses of one process with as many devices; resumed on fewer devices."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RUN = """
+import dataclasses, sys
+sys.path.insert(0, {folder!r})
+import jax
+jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
+from test_run import small
+from qwenvl_jax.training.hosts import HostsRecipe
+from qwenvl_jax.training.placement import MeshRecipe
+from qwenvl_jax.training.run import train
+if __name__ == "__main__":
+    hosts = HostsRecipe(coordinator=sys.argv[3], count=2, index=int(sys.argv[4])) if sys.argv[3:] else HostsRecipe()
+    mesh = MeshRecipe("fsdp" if int(sys.argv[2]) > 1 else "single")
+    recipe = dataclasses.replace(small(sys.argv[1]), batch_size=8, mesh=mesh, hosts=hosts)
+    train(recipe)
+"""
+
+
+def start(script: Path, output: Path, devices: int, *where: str) -> subprocess.Popen:
+    script.write_text(RUN.format(folder=str(Path(__file__).parent)))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(script), str(output), str(devices), *where]
+    return subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(*processes: subprocess.Popen) -> None:
+    try:
+        for process in processes:
+            said = process.communicate(timeout=300)[0]
+            assert process.returncode == 0, said
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def losses(output: Path) -> list[float]:
+    rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory) -> Path:
+    """A run of one process with eight devices."""
+    folder = tmp_path_factory.mktemp("one")
+    finish(start(folder / "script.py", folder / "run", 8))
+    return folder / "run"
+
+
+def test_two_processes_train_as_one(one_process, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    script = tmp_path / "script.py"
+    finish(*(start(script, tmp_path / "run", 4, address, str(index)) for index in range(2)))
+    assert losses(tmp_path / "run") == pytest.approx(losses(one_process), rel=1e-5)
+    assert (tmp_path / "run" / "model-6" / "model.safetensors").exists()
+    assert (tmp_path / "run" / "hosts" / "1" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("devices", [2, 1])
+def test_a_run_goes_on_with_fewer_devices(one_process, tmp_path, devices):
+    run, script = tmp_path / "run", tmp_path / "script.py"
+    process = start(script, run, 8)
+    saved = run / "checkpoints" / "4" / "_CHECKPOINT_METADATA"
+    while process.poll() is None and not saved.exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert saved.exists()
+    finish(start(script, run, devices))
+    assert losses(run) == pytest.approx(losses(one_process), rel=1e-5)

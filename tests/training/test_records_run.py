@@ -1,0 +1,68 @@
+"""Training on records of one's own, as a user starts it: all of a small model, and an adapter beside the tiny one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qwenvl_jax as qv
+
+ROOT = Path(__file__).parents[2]
+PICTURE = ROOT / "qwenvl_jax" / "assets" / "pictures" / "word.png"
+
+
+def record(number: int, answer: str) -> dict:
+    asked = f"Picture 1: <img>{PICTURE}</img>\nWhich animal is number {number}?"
+    return {"conversations": [{"from": "user", "value": asked}, {"from": "assistant", "value": answer}]}
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("records") / "animals.json"
+    path.write_text(json.dumps([record(number, "a dog") for number in range(12)]))
+    return path
+
+
+def train(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "train.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+
+
+def losses(output: Path) -> list[float]:
+    rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["kind"] == "train"]
+
+
+def test_an_adapter_beside_quantised_weights_learns(records, tmp_path):
+    done = train(
+        "configs/lora.yaml", "--start", "tiny", "--quantize", "nf4", "--output", tmp_path / "run",
+        "--records.files", records, "--records.batches.max-length", 128, "--records.batches.answers-only",
+        "--batch-size", 4, "--accumulate", 2, "--steps", 12, "--log-every", 1, "--dtype", "float32", "--remat", "none",
+        "--lora.rank", 4, "--lora.dropout", 0, "--optimizer.learning-rate", 0.02, "--optimizer.warmup-steps", 1,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = losses(tmp_path / "run")
+    assert found[-1] < 0.5 * found[0]
+    base, adapted = qv.load("tiny"), qv.load("tiny", adapter=tmp_path / "run" / "adapter-12")
+    question = [{"role": "user", "content": [{"type": "image", "image": str(PICTURE)},
+                                             {"type": "text", "text": "Which animal is number 99?"}]}]  # fmt: skip
+    assert "dog" not in base.chat(question).text
+    assert adapted.chat(question).text == "a dog"
+
+
+def test_bad_records_are_named_before_the_first_step(tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps([record(0, "a dog"), record(1, "")], indent=0))
+    done = train("configs/finetune.yaml", "--start", "tiny", "--records.files", path, "--output", tmp_path / "run")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "bad.json" in done.stderr
+    assert "1 records cannot be trained on" in done.stderr
+
+
+def test_records_must_be_named(tmp_path):
+    done = train("configs/finetune.yaml", "--start", "tiny", "--output", tmp_path / "run")
+    assert done.returncode == 2
+    assert "--records.files" in done.stderr
