@@ -202,8 +202,11 @@ def _check_tensors(file: SafetensorsFile | TorchFile, config: QwenVLConfig, reci
     sources: dict[Tensor, str] = {}
     missing, problems = [], []
     for tensor in adapter_tensors(config, recipe):
-        # Older versions of PEFT leave out the last step of an adapted map's bias.
-        known = [name for name in (tensor.name, tensor.name.replace(".base_layer.bias", ".bias")) if name in names]
+        # Older versions of PEFT leave out the last step of an adapted map's bias; newer ones have it where an adapter
+        # does nothing, too (see below).
+        plain = tensor.name.replace(".base_layer.bias", ".bias")
+        wrapped = re.sub(r"\.bias$", ".base_layer.bias", plain)
+        known = [name for name in (tensor.name, plain, wrapped) if name in names]
         if not known:
             missing.append(tensor.name)
             continue
@@ -217,7 +220,10 @@ def _check_tensors(file: SafetensorsFile | TorchFile, config: QwenVLConfig, reci
     if missing:
         own = {PREFIX + tensor.name for tensor in saved_tensors(config, recipe)}
         hint = " (modules_to_save names them, but they were not saved: train or export again)"
-        problems.append(f"{len(missing)} missing: {some(missing)}" + (hint if set(missing) <= own else ""))
+        problems.append(
+            f"{len(missing)} missing: {some(missing)}"
+            + (hint if recipe.modules_to_save and set(missing) <= own else "")
+        )
     if unexpected:
         problems.append(f"{len(unexpected)} unexpected: {some(unexpected)}")
     if problems:
