@@ -155,7 +155,9 @@ class Int4Linear(QuantisedLinear):
         group_size = len(kernel) if group_size == -1 else group_size
         largest = _by_groups(jnp.max, jnp.abs(kernel), group_size)
         scale = _no_zeros(_round_to_float16(largest * (1 / 7.5)))
-        steps = jnp.round(kernel / _per_row(scale, group_size, len(kernel)))
+        # A weight halfway between two codes takes the one nearer to zero, however a compiler rounds quotients. Such are
+        # common: weights have few digits, and the largest of a group is 7.5 steps from zero.
+        steps = jnp.round(kernel / _per_row(scale, group_size, len(kernel)) * (1 - 2**-20))
         codes = _pack((jnp.clip(steps, -8, 7) + 8).astype(jnp.uint8))
         zero = jnp.full(scale.shape, 8, jnp.uint8)
         order = jnp.arange(len(kernel), dtype=jnp.int32) if ordered else None
