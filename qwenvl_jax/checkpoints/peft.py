@@ -200,24 +200,31 @@ def _check_tensors(file: SafetensorsFile | TorchFile, config: QwenVLConfig, reci
     """What each tensor of the recipe is called in the file. Raises UserError listing all that is wrong."""
     names = set(file.names())
     sources: dict[Tensor, str] = {}
-    missing, problems = [], []
+    missing, wrong = [], []
     for tensor in adapter_tensors(config, recipe):
-        # Older versions of PEFT leave out the last step of an adapted map's bias.
-        known = [name for name in (tensor.name, tensor.name.replace(".base_layer.bias", ".bias")) if name in names]
+        # Older versions of PEFT leave out the last step of an adapted map's bias; newer ones have it where an adapter
+        # does nothing, too (see below).
+        plain = tensor.name.replace(".base_layer.bias", ".bias")
+        wrapped = re.sub(r"\.bias$", ".base_layer.bias", plain)
+        known = [name for name in (tensor.name, plain, wrapped) if name in names]
         if not known:
             missing.append(tensor.name)
             continue
         sources[tensor] = known[0]
         shape, dtype = file.describe(known[0])
         if shape != tensor.shape:
-            problems.append(f"{known[0]} is {list(shape)}, should be {list(tensor.shape)}")
+            wrong.append(f"{known[0]} is {list(shape)}, should be {list(tensor.shape)}")
         elif dtype.name not in (*FLOATS, "float64"):
-            problems.append(f"{known[0]} is {dtype.name}, should be a floating-point tensor")
+            wrong.append(f"{known[0]} is {dtype.name}, should be a floating-point tensor")
     unexpected = sorted(name for name in names - set(sources.values()) if not _does_nothing(file, name))
+    problems = [f"{len(wrong)} of another kind: {some(wrong, 3)}"] if wrong else []
     if missing:
         own = {PREFIX + tensor.name for tensor in saved_tensors(config, recipe)}
         hint = " (modules_to_save names them, but they were not saved: train or export again)"
-        problems.append(f"{len(missing)} missing: {some(missing)}" + (hint if set(missing) <= own else ""))
+        problems.append(
+            f"{len(missing)} missing: {some(missing)}"
+            + (hint if recipe.modules_to_save and set(missing) <= own else "")
+        )
     if unexpected:
         problems.append(f"{len(unexpected)} unexpected: {some(unexpected)}")
     if problems:

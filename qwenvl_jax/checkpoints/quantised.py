@@ -223,7 +223,8 @@ def _quantiser(quantisation: Quantisation, dimensions: int, shardings: tuple[tup
 
     def run(kernel: jax.Array) -> tuple[Parts, jax.Array]:
         parts = param_paths(quantisation(linear_of(kernel, axes=(None,) * dimensions)))
-        floats = [part for part in parts.values() if jnp.issubdtype(part.dtype, jnp.floating)]
+        # The kernel, too: on CPUs a maximum may pass over what is not a number.
+        floats = [kernel] + [part for part in parts.values() if jnp.issubdtype(part.dtype, jnp.floating)]
         finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(part)) for part in floats]))
         of = dict(shardings)
         parts = {n: jax.lax.with_sharding_constraint(p, of[n]) if n in of else p for n, p in parts.items()}

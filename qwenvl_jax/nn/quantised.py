@@ -25,6 +25,10 @@ NF4_VALUES = (
 NF4_BLOCK = 64  # input rows that share a scale
 DOUBLE_BLOCK = 256  # scales that share a scale of their own, along the last output axis
 
+# What lies halfway between two steps takes the one nearer to zero, however a compiler rounds quotients. That is common:
+# weights have few digits, and the largest of a group of int4 is 7.5 steps from zero.
+TIES_TO_ZERO = 1 - 2**-20
+
 
 class Frozen(nnx.Variable):
     """A part of a quantised weight. Not an `nnx.Param`, so what selects parameters to train leaves it out."""
@@ -155,7 +159,7 @@ class Int4Linear(QuantisedLinear):
         group_size = len(kernel) if group_size == -1 else group_size
         largest = _by_groups(jnp.max, jnp.abs(kernel), group_size)
         scale = _no_zeros(_round_to_float16(largest * (1 / 7.5)))
-        steps = jnp.round(kernel / _per_row(scale, group_size, len(kernel)))
+        steps = jnp.round(kernel / _per_row(scale, group_size, len(kernel)) * TIES_TO_ZERO)
         codes = _pack((jnp.clip(steps, -8, 7) + 8).astype(jnp.uint8))
         zero = jnp.full(scale.shape, 8, jnp.uint8)
         order = jnp.arange(len(kernel), dtype=jnp.int32) if ordered else None
@@ -226,7 +230,7 @@ class NF4Linear(QuantisedLinear):
             largest = _by_groups(jnp.max, scale, DOUBLE_BLOCK, axis=-1)
             smallest = largest - _by_groups(jnp.max, _wide(largest, scale) - scale, DOUBLE_BLOCK, axis=-1)
             middle, step = (largest + smallest) * 0.5, _no_zeros((largest - smallest) * (0.5 / 127))
-            scale = jnp.round((scale - _wide(middle, scale)) / _wide(step, scale)).astype(jnp.int8)
+            scale = jnp.round((scale - _wide(middle, scale)) / _wide(step, scale) * TIES_TO_ZERO).astype(jnp.int8)
         result = cls(jnp.zeros(0, jnp.uint8), scale, step, middle, axes=_axes(linear.kernel), bias=linear.bias)
         relative = kernel / _no_zeros(_per_row(result._scales(), NF4_BLOCK, len(kernel)))
         codes = jnp.zeros(relative.shape, jnp.uint8)

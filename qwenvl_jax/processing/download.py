@@ -46,7 +46,8 @@ def _request(url: str) -> tuple[bytes, str | None]:
         raise UserError("not an http(s) URL")
     connection = _connect(parts.scheme, parts.hostname, parts.port)
     # A timeout on the socket only limits the silence between two bytes.
-    watchdog = threading.Timer(SECONDS_IN_ALL, _shut, [connection.sock])
+    too_late = threading.Event()
+    watchdog = threading.Timer(SECONDS_IN_ALL, _shut, [connection.sock, too_late])
     watchdog.daemon = True
     watchdog.start()
     try:
@@ -62,7 +63,7 @@ def _request(url: str) -> tuple[bytes, str | None]:
         body = response.read(MAX_BYTES + 1)
         if len(body) > MAX_BYTES:
             raise UserError(f"more than {MAX_BYTES // 2**20} MiB")
-        if not watchdog.is_alive():
+        if too_late.is_set():
             raise UserError(f"took longer than {SECONDS_IN_ALL} seconds")
         return body, None
     finally:
@@ -103,6 +104,7 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     return address in _GLOBAL_UNICAST and address.is_global and not (address.teredo or address.sixtofour)
 
 
-def _shut(connected: socket.socket) -> None:
+def _shut(connected: socket.socket, too_late: threading.Event) -> None:
+    too_late.set()  # first: what is being read ends with the next line, and would pass for the whole
     with contextlib.suppress(OSError):
         connected.shutdown(socket.SHUT_RDWR)

@@ -41,7 +41,7 @@ def test_fields_reach_their_places(tmp_path):
         ("steps: many", r"steps is 'many'; expected int"),
         ("steps: true", r"steps is True; expected int"),
         ("steps: 0", r"steps is 0; it must be at least 1"),
-        ("optimizer: {name: adam}", r"optimizer\.name is 'adam'; use one of adamw, muon"),
+        ("optimizer: {name: adam}", r"optimizer\.name is 'adam'; use one of adamw, adafactor, muon"),
         ("optimizer: 3", r"optimizer must be a mapping"),
         ("optimizer: {learning_rate: 0}", r"optimizer\.learning_rate is 0\.0; it must be above 0"),
         ("data: {curriculum: [[0.5, 6]]}", r"data\.curriculum has the shares"),

@@ -14,14 +14,14 @@ PICTURE = ROOT / "qwenvl_jax" / "assets" / "pictures" / "word.png"
 
 
 def record(number: int, answer: str) -> dict:
-    asked = f"Picture 1: <img>{PICTURE}</img>\nWhich animal is number {number}?"
+    asked = f"Picture 1: <img>{PICTURE}</img>\nWhich colour has number {number}?"
     return {"conversations": [{"from": "user", "value": asked}, {"from": "assistant", "value": answer}]}
 
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("records") / "animals.json"
-    path.write_text(json.dumps([record(number, "a dog") for number in range(12)]))
+    path.write_text(json.dumps([record(number, "purple") for number in range(12)]))
     return path
 
 
@@ -39,22 +39,22 @@ def test_an_adapter_beside_quantised_weights_learns(records, tmp_path):
     done = train(
         "configs/lora.yaml", "--start", "tiny", "--quantize", "nf4", "--output", tmp_path / "run",
         "--records.files", records, "--records.batches.max-length", 128, "--records.batches.answers-only",
-        "--batch-size", 4, "--accumulate", 2, "--steps", 12, "--log-every", 1, "--dtype", "float32", "--remat", "none",
-        "--lora.rank", 4, "--lora.dropout", 0, "--optimizer.learning-rate", 0.02, "--optimizer.warmup-steps", 1,
+        "--batch-size", 4, "--accumulate", 2, "--steps", 30, "--log-every", 1, "--dtype", "float32", "--remat", "none",
+        "--lora.rank", 8, "--lora.dropout", 0, "--optimizer.learning-rate", 0.005, "--optimizer.warmup-steps", 5,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = losses(tmp_path / "run")
-    assert found[-1] < 0.5 * found[0]
-    base, adapted = qv.load("tiny"), qv.load("tiny", adapter=tmp_path / "run" / "adapter-12")
+    assert found[-1] < 0.2 * found[0]
+    base, adapted = qv.load("tiny"), qv.load("tiny", adapter=tmp_path / "run" / "adapter-30", quantize="nf4")
     question = [{"role": "user", "content": [{"type": "image", "image": str(PICTURE)},
-                                             {"type": "text", "text": "Which animal is number 99?"}]}]  # fmt: skip
-    assert "dog" not in base.chat(question).text
-    assert adapted.chat(question).text == "a dog"
+                                             {"type": "text", "text": "Which colour has number 5?"}]}]  # fmt: skip
+    assert base.chat(question).text != "purple"
+    assert adapted.chat(question).text == "purple"
 
 
 def test_bad_records_are_named_before_the_first_step(tmp_path):
     path = tmp_path / "bad.json"
-    path.write_text(json.dumps([record(0, "a dog"), record(1, "")], indent=0))
+    path.write_text(json.dumps([record(0, "purple"), record(1, "")], indent=0))
     done = train("configs/finetune.yaml", "--start", "tiny", "--records.files", path, "--output", tmp_path / "run")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
