@@ -42,7 +42,7 @@ def small(output: Path) -> Recipe:
         output=str(output),
         new_model=model,
         data=data,
-        optimizer=OptimizerRecipe(name="muon", learning_rate=0.01, warmup_steps=1),
+        optimizer=OptimizerRecipe(learning_rate=0.01, warmup_steps=1),
         auxiliary=AuxiliaryRecipe(alone_steps=1),
         steps=6,
         batch_size=2,
@@ -54,6 +54,7 @@ def small(output: Path) -> Recipe:
     )
 
 
+QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}  # to compile
 RUN = """
 import sys
 sys.path.insert(0, {folder!r})
@@ -67,7 +68,8 @@ if __name__ == "__main__":
 def start(output: Path, script: Path) -> subprocess.Popen:
     """The run in a process of its own, as users run it; the eight devices of this one share threads otherwise."""
     script.write_text(RUN.format(folder=str(Path(__file__).parent)))
-    return subprocess.Popen([sys.executable, str(script), str(output)], cwd=ROOT, start_new_session=True)
+    command = [sys.executable, str(script), str(output)]
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, env=os.environ | QUICK)
 
 
 def train_until_killed(output: Path, checkpoint: int, script: Path) -> None:
