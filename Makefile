@@ -28,7 +28,7 @@ demo: $(VENV)/.stamp
 	$(RUN) demo.py
 
 test: $(VENV)/.stamp
-	$(RUN) -m pytest --numprocesses 2 --dist loadfile
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Against transformers on torch, which have an environment of their own.
 parity: $(VENV)-parity/.stamp

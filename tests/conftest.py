@@ -6,6 +6,10 @@ Not here: numerics (the model sets its own matmul precision) and model building 
 import os
 from pathlib import Path
 
+# Programs of tests are run once or twice on tiny shapes: what takes long is compiling them well. Before JAX starts; the
+# processes that tests start inherit it.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+
 import jax
 import pytest
 
@@ -22,6 +26,11 @@ jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE
 jax.config.update(
     "jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Training runs first: the slowest files, which would keep one of two processes waiting at the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/training/test_"))
 
 
 def golden_folder() -> Path:

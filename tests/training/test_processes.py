@@ -32,9 +32,7 @@ if __name__ == "__main__":
 
 def start(script: Path, output: Path, devices: int, *where: str) -> subprocess.Popen:
     script.write_text(RUN.format(folder=str(Path(__file__).parent)))
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # to compile
-    path = os.pathsep.join(sys.path)
-    environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(script), str(output), str(devices), *where]
     return subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

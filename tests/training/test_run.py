@@ -54,7 +54,6 @@ def small(output: Path) -> Recipe:
     )
 
 
-QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}  # to compile
 RUN = """
 import sys
 sys.path.insert(0, {folder!r})
@@ -69,7 +68,7 @@ def start(output: Path, script: Path) -> subprocess.Popen:
     """The run in a process of its own, as users run it; the eight devices of this one share threads otherwise."""
     script.write_text(RUN.format(folder=str(Path(__file__).parent)))
     command = [sys.executable, str(script), str(output)]
-    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, env=os.environ | QUICK)
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True)
 
 
 def train_until_killed(output: Path, checkpoint: int, script: Path) -> None:
