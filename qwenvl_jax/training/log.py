@@ -105,7 +105,7 @@ def draw_curve(output: Path) -> None:
             left.plot(*zip(*points, strict=True), label=label)
     if evaluated:
         left.plot([row["step"] for row in evaluated], [row["loss"] for row in evaluated], "o-", label="validation loss")
-        right.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
+        right.set_prop_cycle(color=[pyplot.get_cmap("tab20")(i) for i in range(20)])
         for name in evaluated[-1]:
             if name.startswith("right/"):
                 points = [(row["step"], row[name]) for row in evaluated if name in row]
