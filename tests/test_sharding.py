@@ -43,6 +43,10 @@ ON_MESHES = {
     },
 }
 
+# Of the logits' root mean square. Not the largest difference of all: some tokens of these random prompts magnify
+# rounding a hundred times, so that one device alone lies up to 1.3e-4 off float64 arithmetic, and so does every mesh.
+ROUNDING = 5e-6
+
 
 def logits(model, pixels, sharding=None):
     """Float32 logits [8, 300, V] of eight prompts, two with a picture."""
@@ -91,8 +95,12 @@ def test_a_model_on_a_mesh_computes_the_same(fixtures, pixels, expected, preset,
             assert leaf.sharding.spec == (wanted if layer is None else P(*wanted[1:])), path
             split = sum(len((axes,) if isinstance(axes, str) else axes or ()) for axes in wanted)
             assert leaf.addressable_shards[0].data.size < leaf.size or not split
-    split = batch_sharding(mesh, preset_rules(preset))
-    np.testing.assert_allclose(logits(model, pixels, split), expected, atol=5e-5, rtol=0)
+    difference = logits(model, pixels, batch_sharding(mesh, preset_rules(preset))) - expected
+    assert root_mean_square(difference) < ROUNDING * root_mean_square(expected)
+
+
+def root_mean_square(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
 
 
 def test_each_device_holds_its_part_only(fixtures):
