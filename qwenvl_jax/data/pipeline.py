@@ -54,7 +54,7 @@ def ahead(source, *, first: int, workers: int, stop: int | None = None) -> Gener
 
 
 def _dataset(source, first: int, workers: int, buffer: int, stop: int | None = None):
-    """The elements of `source` from `first` on, up to `stop`; a worker keeps `buffer` in the making and as many made."""
+    """The elements of `source` from `first` up to `stop`; a worker keeps `buffer` in the making and as many made."""
     if not flags.FLAGS.is_parsed():  # Grain's worker processes read an absl flag that only absl programs parse
         flags.FLAGS.mark_as_parsed()
     reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=buffer)
