@@ -20,7 +20,14 @@ from qwenvl_jax.checkpoints.huggingface import save_model
 from qwenvl_jax.checkpoints.peft import save_adapter
 from qwenvl_jax.config import UserError
 from qwenvl_jax.models.qwen_vl import QwenVL
-from qwenvl_jax.training.build import auxiliary_schedule, build_modules, divide, lora_recipe, rate_ratios
+from qwenvl_jax.training.build import (
+    auxiliary_schedule,
+    build_modules,
+    chat_settings,
+    divide,
+    lora_recipe,
+    rate_ratios,
+)
 from qwenvl_jax.training.checkpoints import Checkpoints
 from qwenvl_jax.training.data import open_data
 from qwenvl_jax.training.hosts import connect
@@ -149,6 +156,7 @@ def export(recipe: Recipe, model: QwenVL, output: Path, vocabulary: Path) -> Pat
         small = SmallFiles(tokenizer_file=vocabulary, tokenizer_config=None, generation_config=generation)
     else:
         small = small_files(locate(recipe.start))
+        small["generation_config"] = chat_settings(recipe) or small["generation_config"]
     folder = output / f"model-{recipe.steps}"
     if folder.exists():
         return folder
@@ -161,7 +169,8 @@ def export_adapter(recipe: Recipe, model: QwenVL, output: Path) -> Path:
     """Writes the adapter in PEFT's format, `output/adapter-STEPS`."""
     folder = output / f"adapter-{recipe.steps}"
     if not folder.exists():
-        save_adapter(model, folder, lora_recipe(recipe), base=recipe.start)
+        settings = chat_settings(recipe)
+        save_adapter(model, folder, lora_recipe(recipe), base=recipe.start, generation_config=settings)
     return folder
 
 

@@ -340,3 +340,5 @@ def test_slips_in_the_recipe_are_named(field, tmp_path):
 def test_preferences_need_records_and_a_start():
     with pytest.raises(UserError, match="dpo goes with a checkpoint and records"):
         Recipe(dpo=DPO, start="tiny")
+    with pytest.raises(UserError, match=r"records\.template is 'raw'"):
+        Recipe(dpo=DPO, start="tiny", records=RecordsRecipe(template="raw"))
