@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from qwenvl_jax.checkpoints.folder import locate, small_files
+from qwenvl_jax.checkpoints.folder import locate, read_config, small_files
 from qwenvl_jax.checkpoints.huggingface import save_model
 from qwenvl_jax.config import UserError
 from qwenvl_jax.data.mixture import Mixture
@@ -320,6 +321,19 @@ def test_a_record_without_a_rejected_answer_is_named(processor):
     batches = RecordBatches(recipe, records, processor, rows=1, epochs=1, pairs=True)
     assert batches[0]["record"].tolist() == [[2]]
     assert len(batches.skipped) == 2
+
+
+def test_the_pairs_that_the_documentation_draws(monkeypatch, tmp_path):
+    """The program in docs/training.md runs, and what it writes can be trained on."""
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    (program,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "pairs/" in block]
+    monkeypatch.chdir(tmp_path)
+    exec(program, {})
+    processor = Processor.from_folder(locate("tiny"), read_config(locate("tiny")))
+    for name, count in (("train", 100), ("val", 32)):
+        pairs = Mixture([open_records(f"pairs/{name}.json")])
+        batches = RecordBatches(BatchRecipe(max_length=512), pairs, processor, rows=4, epochs=1, pairs=True)
+        assert sum(batches.counts(number)["records"] for number in range(len(batches))) == count
 
 
 def test_a_pair_is_never_cut(processor):
