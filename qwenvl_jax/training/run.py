@@ -112,6 +112,7 @@ def train(recipe: Recipe) -> Path | None:
             log.console.print(note)
         if checkpoints.latest is not None:
             state = checkpoints.load(state)
+            params.clear()  # those of the start, or their memory would be held for the whole run
         first = int(state.step)
         waited, metrics = 0.0, []
         for number in range(first + 1, recipe.steps + 1):
