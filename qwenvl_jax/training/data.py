@@ -32,7 +32,8 @@ class RunData:
 
     batches: from a number of steps done, an iterator over this host's share of each step, arrays [A, ...] of
     `accumulate` batches; validation: batches, and what of them goes to the devices; forward: the forward pass for these
-    rows; where: of a step, counted from 1, what it shows; notes: what the user should know before the first step.
+    rows; where: of a step, counted from 1, what it shows; notes: what the user should know before the first step;
+    once: the batches of the first steps, as many as show every record once.
     """
 
     steps: int
@@ -41,6 +42,7 @@ class RunData:
     forward: Callable
     where: Callable[[int], list[str]]
     notes: list[str]
+    once: Callable[[], Generator[Batch]]
 
 
 def open_data(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: Placement) -> RunData:
@@ -72,6 +74,7 @@ def _scenes(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: P
         packed_hidden,
         scenes_of,
         [],
+        partial(from_step, 0),
     )
 
 
@@ -88,6 +91,7 @@ def _records(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: 
         process=placement.rows.start // share,
         processes=placement.batch_size // share,
         workers=recipe.workers,
+        pairs=recipe.dpo is not None,
     )
 
     def mixture(files: tuple[str, ...], weights: tuple[float, ...] | None) -> Mixture:
@@ -112,11 +116,12 @@ def _records(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: 
             placed = placement.batches({name: value[None] for name, value in held[number].items()})
             validation.append(({}, jax.tree.map(lambda x: x[0], placed)))
 
-    def from_step(first: int) -> Generator[Batch]:
-        if first * splits >= len(records):
-            return
-        with contextlib.closing(record_batches(records, first=first * splits, workers=recipe.workers)) as made:
-            for _ in range(first, len(records) // splits):
+    count = len(records) // splits
+
+    def from_step(first: int, stop: int = count) -> Generator[Batch]:
+        numbers = {"first": first * splits, "stop": stop * splits}
+        with contextlib.closing(record_batches(records, **numbers, workers=recipe.workers)) as made:
+            for _ in range(first, stop):
                 yield _stack([next(made) for _ in range(splits)])
 
     notes = [f"left out: {reason}" for reason in records.skipped[:5]]
@@ -125,12 +130,13 @@ def _records(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: 
     if records.cut:
         notes.append(f"cut: {records.cut} records lose text beyond {wanted.batches.max_length} tokens")
     return RunData(
-        len(records) // splits,
+        count,
         from_step,
         validation,
         partial(record_hidden, longest=max(bounds)),
         lambda step: [place for i in range(splits) for place in records.where((step - 1) * splits + i)],
         notes,
+        lambda: from_step(0, -(-records.plan.shown(count * splits) // splits)),
     )
 
 
@@ -144,9 +150,10 @@ def _stack(made: list[Batch]) -> Batch:
     length = max(batch["ids"].shape[1] for batch in made)
     padding = {"slots": -1, "targets": -100}
 
-    def grown(name: str, value: np.ndarray) -> np.ndarray:
-        if value.ndim != 2:
+    def grown(batch: Batch, name: str) -> np.ndarray:
+        value = batch[name]
+        if value.shape != batch["ids"].shape:
             return value
         return np.pad(value, ((0, 0), (0, length - value.shape[1])), constant_values=padding.get(name, 0))
 
-    return {name: np.stack([grown(name, batch[name]) for batch in made]) for name in made[0]}
+    return {name: np.stack([grown(batch, name) for batch in made]) for name in made[0]}

@@ -24,6 +24,7 @@ from qwenvl_jax.training.hosts import HostsRecipe
 from qwenvl_jax.training.optimizer import OptimizerRecipe
 from qwenvl_jax.training.parts import Parts
 from qwenvl_jax.training.placement import MeshRecipe
+from qwenvl_jax.training.preference import DpoRecipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +115,7 @@ class Recipe:
     new_model: NewModel = dataclasses.field(default_factory=NewModel)
     data: SceneRecipe = dataclasses.field(default_factory=SceneRecipe)  # drawn scenes, where `records` are not given
     records: RecordsRecipe | None = None
+    dpo: DpoRecipe | None = None  # learn which of two answers is liked more, from records with a rejected one
     optimizer: OptimizerRecipe = dataclasses.field(default_factory=OptimizerRecipe)
     auxiliary: AuxiliaryRecipe | None = None
     parts: Parts = dataclasses.field(default_factory=Parts)
@@ -146,6 +148,10 @@ class Recipe:
             raise UserError("lora and quantize go with a checkpoint; name one with start")
         if self.quantize is not None and self.lora is None:
             raise UserError("quantize: quantised weights are not trained; add lora, for an adapter beside them")
+        if self.dpo is not None and (self.records is None or self.start is None):
+            raise UserError("dpo goes with a checkpoint and records; name them with start and records.files")
+        if self.dpo is not None and self.records is not None and self.records.template == "raw":
+            raise UserError("records.template is 'raw'; dpo compares answers in a chat, leave it out")
         if self.records is not None and self.auxiliary is not None:
             raise UserError("auxiliary: its labels are known of drawn scenes alone; leave it out with records")
         if self.batch_size % self.accumulate:

@@ -30,12 +30,14 @@ from qwenvl_jax.training.build import (
 )
 from qwenvl_jax.training.checkpoints import Checkpoints
 from qwenvl_jax.training.data import open_data
-from qwenvl_jax.training.evaluation import evaluate
 from qwenvl_jax.training.hosts import connect
 from qwenvl_jax.training.log import RunLog
+from qwenvl_jax.training.loss import NEXT_TOKEN
 from qwenvl_jax.training.optimizer import make_optimizer, schedule
 from qwenvl_jax.training.placement import Placement
+from qwenvl_jax.training.preference import preference_objective
 from qwenvl_jax.training.recipe import Recipe
+from qwenvl_jax.training.reference import examine_reference, with_reference
 from qwenvl_jax.training.step import TrainState, make_evaluation_step, make_train_step
 
 
@@ -83,18 +85,25 @@ def train(recipe: Recipe) -> Path | None:
     dtype = recipe.dtype if recipe.dtype != "float32" else None
     weight = auxiliary_schedule(recipe)
     dropout = jax.random.key(recipe.seed) if recipe.lora is not None and recipe.lora.dropout > 0 else None
-    make_step = partial(make_train_step, rebuild, optimizer, weight, dtype=dtype)
+    objective = NEXT_TOKEN if recipe.dpo is None else preference_objective(recipe.dpo)
+    make_step = partial(make_train_step, rebuild, optimizer, weight, dtype=dtype, objective=objective)
     step = jax.jit(make_step(remat=recipe.remat, hidden_of=data.forward, dropout=dropout), donate_argnums=0)
     vision_step = jax.jit(make_step(vision_only=True), donate_argnums=0)
     alone = 0 if recipe.auxiliary is None else recipe.auxiliary.alone_steps
-    evaluation_step = jax.jit(
-        make_evaluation_step(rebuild, dtype=dtype, hidden_of=data.forward), out_shardings=placement.everywhere
-    )
 
+    def evaluating(examine):
+        made = make_evaluation_step(rebuild, dtype=dtype, hidden_of=data.forward, examine=examine)
+        return jax.jit(made, out_shardings=placement.everywhere)
+
+    evaluation_step = evaluating(objective.examine)
     rate = schedule(recipe.optimizer, recipe.optimizer.learning_rate, recipe.steps)
 
+    checkpoints = Checkpoints(output / "checkpoints", recipe.keep)
+    if recipe.dpo is not None:
+        of_start = partial(evaluating(examine_reference), params, frozen)
+        data = with_reference(data, of_start, placement, output / "reference.npy", checkpoints.latest is not None)
     with (
-        contextlib.closing(Checkpoints(output / "checkpoints", recipe.keep)) as checkpoints,
+        contextlib.closing(checkpoints),
         contextlib.closing(data.batches(checkpoints.latest or 0)) as batches,
         RunLog(output, recipe.steps, checkpoints.latest or 0, params | frozen, set(params)) as log,
         StopRequest() as stop,
@@ -121,7 +130,7 @@ def train(recipe: Recipe) -> Path | None:
                 waited, metrics = 0.0, []
             result = None
             if data.validation and (number % recipe.evaluate_every == 0 or last):
-                result = evaluate(partial(evaluation_step, state.params, frozen), data.validation)
+                result = objective.evaluate(partial(evaluation_step, state.params, frozen), data.validation)
                 log.evaluation(number, result)
             if number % recipe.save_every == 0 or last or stopping:
                 _check(metrics, number, data.where)
