@@ -122,7 +122,10 @@ def train(recipe: Recipe) -> Path | None:
             if stopping and not last:
                 return None
     model = rebuild(state.params | frozen)["model"]
-    return export(recipe, model, output, vocabulary) if recipe.lora is None else export_adapter(recipe, model, output)
+    folder = output / f"{'model' if recipe.lora is None else 'adapter'}-{recipe.steps}"
+    if not folder.exists():
+        export(recipe, model, folder, vocabulary) if recipe.lora is None else export_adapter(recipe, model, folder)
+    return folder
 
 
 def _check(metrics: list[dict[str, jax.Array]], number: int, where: Callable[[int], list[str]]) -> None:
@@ -133,27 +136,19 @@ def _check(metrics: list[dict[str, jax.Array]], number: int, where: Callable[[in
             raise FloatingPointError(f"the loss of step {step} is {float(values['loss'])}; it was made from {seen}")
 
 
-def export(recipe: Recipe, model: QwenVL, output: Path, vocabulary: Path) -> Path:
-    """Writes the model as a Hugging Face folder `output/model-STEPS`, with its vocabulary and generation settings."""
+def export(recipe: Recipe, model: QwenVL, folder: Path, vocabulary: Path) -> None:
+    """Writes the model as a Hugging Face folder, with its vocabulary and generation settings."""
     if recipe.start is None:
         generation = {"chat_format": "chatml", "do_sample": False, "max_new_tokens": 256, "max_window_size": 1536}
         small = SmallFiles(tokenizer_file=vocabulary, tokenizer_config=None, generation_config=generation)
     else:
         small = small_files(locate(recipe.start))
-    folder = output / f"model-{recipe.steps}"
-    if folder.exists():
-        return folder
-    model = jax.tree.map(lambda x: x.astype(recipe.export_dtype), model)
-    save_model(model, folder, **small)
-    return folder
+    save_model(jax.tree.map(lambda x: x.astype(recipe.export_dtype), model), folder, **small)
 
 
-def export_adapter(recipe: Recipe, model: QwenVL, output: Path) -> Path:
-    """Writes the adapter in PEFT's format, `output/adapter-STEPS`."""
-    folder = output / f"adapter-{recipe.steps}"
-    if not folder.exists():
-        save_adapter(model, folder, lora_recipe(recipe), base=recipe.start)
-    return folder
+def export_adapter(recipe: Recipe, model: QwenVL, folder: Path) -> None:
+    """Writes the adapter in PEFT's format."""
+    save_adapter(model, folder, lora_recipe(recipe), base=recipe.start)
 
 
 # What may change between two starts of one run: where it runs and how it tells of it, but not what it computes.
