@@ -55,7 +55,7 @@ def convert(
         model = huggingface.load_model(folder, dtype=dtype, stacked=is_stack, quantize=quantize)
         if merge_adapter is not None:
             model = merge_adapters(load_adapter(model, merge_adapter))
-        WRITERS[format](model, destination, **small_files(folder))
+        WRITERS[format](model, destination, **small_files(folder, merge_adapter))
     leaves = param_paths(model).values()
     table = Table("", "", show_header=False)
     table.add_row("from", str(folder))

@@ -6,6 +6,7 @@ layers, I images, Q resampler queries. The model is a plain pytree: pass it thro
 as it is. Text, tokenisation and picture files are the processor's business; sampling is inference's.
 """
 
+import dataclasses
 from typing import Literal, NamedTuple
 
 import jax
@@ -189,6 +190,17 @@ def frequencies(config: QwenVLConfig, lengths) -> np.ndarray:
     """
     alphas = [ntk_alpha(int(n), config.seq_length) if config.use_dynamic_ntk else 1 for n in lengths]
     return np.stack([inverse_frequencies(config.rotary_dim, config.rotary_emb_base, alpha) for alpha in alphas])
+
+
+def with_image_size(model: QwenVL, image_size: int) -> QwenVL:
+    """The model for square pictures of another size in pixels, a multiple of the patch size; the weights stay.
+
+    The position tables are interpolated to the new grid of patches, as they are at the size that the model came with.
+    """
+    visual = dataclasses.replace(model.config.visual, image_size=image_size)
+    model.config = dataclasses.replace(model.config, visual=visual)
+    model.visual.vit.config = model.visual.resampler.config = visual
+    return model
 
 
 def unstack(model: QwenVL) -> QwenVL:

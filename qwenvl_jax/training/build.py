@@ -15,7 +15,7 @@ from qwenvl_jax.checkpoints.huggingface import load_model
 from qwenvl_jax.config import QwenVLConfig, UserError
 from qwenvl_jax.data.scenes import COLORS, GLYPHS, SHAPES, SIZES
 from qwenvl_jax.models.quantised import quantised_linears
-from qwenvl_jax.models.qwen_vl import QwenVL, unstack
+from qwenvl_jax.models.qwen_vl import QwenVL, unstack, with_image_size
 from qwenvl_jax.nn.lora import LoraRecipe
 from qwenvl_jax.processing.tokenizer import Tokenizer
 from qwenvl_jax.training.auxiliary import CellHead, CellTargets, start_local
@@ -50,6 +50,9 @@ def build_modules(recipe: Recipe, placement: Placement) -> tuple[dict[str, nnx.M
             stacked=True,
             quantize=recipe.quantize,
         )
+        if recipe.image_size is not None:
+            model = with_image_size(model, recipe.image_size)
+            config = model.config
         if quantised_linears(model) and recipe.lora is None:
             raise UserError(f"{folder}: quantised weights cannot be trained; add lora, or start from float ones")
     if config.num_hidden_layers <= FEW_LAYERS:
@@ -74,6 +77,16 @@ def lora_recipe(recipe: Recipe) -> LoraRecipe:
     assert recipe.lora is not None
     assert recipe.start is not None
     return recipe.lora.for_checkpoint(small_files(locate(recipe.start))["generation_config"])
+
+
+def chat_settings(recipe: Recipe) -> dict[str, Any] | None:
+    """The generation settings of a base model that has learnt conversations; None where `start`'s own still hold."""
+    assert recipe.start is not None
+    own = small_files(locate(recipe.start))["generation_config"]
+    learns_chats = recipe.records is None or recipe.records.template == "chat"
+    if own is None or own.get("chat_format") == "chatml" or not learns_chats:
+        return None
+    return {**own, "chat_format": "chatml"}
 
 
 def divide(

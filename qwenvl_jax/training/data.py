@@ -78,7 +78,8 @@ def _scenes(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: P
 def _records(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: Placement) -> RunData:
     wanted, splits = recipe.records, recipe.accumulate
     assert wanted is not None
-    processor = Processor(Tokenizer.from_file(vocabulary, config.visual.n_queries), config)
+    tokenizer = Tokenizer.from_file(vocabulary, config.visual.n_queries)
+    processor = Processor(tokenizer, config, training_form=wanted.template)
     share = len(placement.rows)
     shared = partial(
         RecordBatches,

@@ -91,7 +91,10 @@ class RecordsRecipe:
     weights: tuple[float, ...] | None = None  # of each, in the mixture; None: every record once an epoch
     validation: tuple[str, ...] = ()
     image_root: str | None = None  # where relative picture paths start; None: the folder of their file
-    epochs: int | None = None  # passes over the records; None: as many as `steps` need
+    epochs: int | None = None  # passes over the records, in place of `steps`; None: as many as those need
+    template: typing.Literal["chat", "raw"] = (
+        "chat"  # ChatML, or bare text and pictures as base models are pre-trained on
+    )
     batches: BatchRecipe = dataclasses.field(default_factory=BatchRecipe)
 
     def __post_init__(self):
@@ -105,6 +108,7 @@ class Recipe:
 
     output: str = "runs/run"  # folder of checkpoints, logs, curve and the exported model
     start: str | None = None  # checkpoint folder to go on from; None: a new model of the shape below
+    image_size: int | None = None  # pixels, of the pictures as `start` shall see them; None: as it did
     lora: LoraRecipe | None = None  # train an adapter beside `start`, which stays as it is
     quantize: typing.Literal["int8", "int4", "nf4"] | None = None  # hold the weights under the adapter so (QLoRA: nf4)
     new_model: NewModel = dataclasses.field(default_factory=NewModel)
@@ -136,6 +140,8 @@ class Recipe:
         for name in positive:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.image_size is not None and self.start is None:
+            raise UserError("image_size goes with a checkpoint; a new model has new_model.image_size")
         if (self.lora is not None or self.quantize is not None) and self.start is None:
             raise UserError("lora and quantize go with a checkpoint; name one with start")
         if self.quantize is not None and self.lora is None:
@@ -169,6 +175,9 @@ def parse_arguments(arguments: Sequence[str]) -> Recipe:
     recipe = Recipe() if asks_help else read_recipe(arguments[0])
     program = f"{Path(sys.argv[0]).name} {'RECIPE.yaml' if asks_help else arguments[0]}"
     flags = list(arguments if asks_help else arguments[1:])
+    if recipe.records is not None and any(flag.split("=")[0] == "--steps" for flag in flags):
+        # Who gives a number of steps does not mean the recipe's passes over the records, which would decide.
+        recipe = dataclasses.replace(recipe, records=dataclasses.replace(recipe.records, epochs=None))
     plain = (tyro.conf.AvoidSubcommands,)  # a part that a recipe has or has not is fields, no command of its own
     return tyro.cli(Recipe, args=flags, default=recipe, prog=program, config=plain)
 

@@ -20,7 +20,14 @@ from qwenvl_jax.checkpoints.huggingface import save_model
 from qwenvl_jax.checkpoints.peft import save_adapter
 from qwenvl_jax.config import UserError
 from qwenvl_jax.models.qwen_vl import QwenVL
-from qwenvl_jax.training.build import auxiliary_schedule, build_modules, divide, lora_recipe, rate_ratios
+from qwenvl_jax.training.build import (
+    auxiliary_schedule,
+    build_modules,
+    chat_settings,
+    divide,
+    lora_recipe,
+    rate_ratios,
+)
 from qwenvl_jax.training.checkpoints import Checkpoints
 from qwenvl_jax.training.data import open_data
 from qwenvl_jax.training.evaluation import evaluate
@@ -143,12 +150,13 @@ def export(recipe: Recipe, model: QwenVL, folder: Path, vocabulary: Path) -> Non
         small = SmallFiles(tokenizer_file=vocabulary, tokenizer_config=None, generation_config=generation)
     else:
         small = small_files(locate(recipe.start))
+        small["generation_config"] = chat_settings(recipe) or small["generation_config"]
     save_model(jax.tree.map(lambda x: x.astype(recipe.export_dtype), model), folder, **small)
 
 
 def export_adapter(recipe: Recipe, model: QwenVL, folder: Path) -> None:
     """Writes the adapter in PEFT's format."""
-    save_adapter(model, folder, lora_recipe(recipe), base=recipe.start)
+    save_adapter(model, folder, lora_recipe(recipe), base=recipe.start, generation_config=chat_settings(recipe))
 
 
 # What may change between two starts of one run: where it runs and how it tells of it, but not what it computes.

@@ -267,6 +267,20 @@ def test_training_on_answers_only():
     np.testing.assert_array_equal(everything[everything != -100], prompt.input_ids[everything != -100])
 
 
+def test_raw_training_is_bare_text_and_pictures():
+    """What base models are pre-trained on: no ChatML, no numbers of pictures, answers and their end are learnt."""
+    raw = Processor(tokenizer, CONFIG, training_form="raw")
+    messages = [user(image(RED), "Colour: "), assistant("red"), user("Size: "), assistant("small")]
+    prompt, labels = raw.training(messages)
+    check(prompt, RED)
+    span = text_of(prompt)[: text_of(prompt).index("</img>") + len("</img>")]
+    assert text_of(prompt) == span + "Colour: red<|endoftext|>Size: small<|endoftext|>"
+    assert span.startswith("<img>")
+    learnt = tokenizer.decode(labels[labels >= 0])
+    assert learnt == "red<|endoftext|>small<|endoftext|>"
+    np.testing.assert_array_equal(prompt.input_ids[labels >= 0], labels[labels >= 0])
+
+
 def test_training_ends_with_an_answer():
     with pytest.raises(UserError, match="the last message must be of role 'assistant'"):
         processor.training([user("q")])
