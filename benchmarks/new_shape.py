@@ -1,8 +1,9 @@
 """How fast the tiny model learns a shape that it has never seen: LoRA, QLoRA and full fine-tuning through `train.py`.
 
-Draws pictures in which one thing is a heart, 200 of them as training records as conversations about the shapes of the heart and
-of another thing, and draws others to examine; where the heart is, is asked there without having been learnt. Each way of training starts from the tiny model, is
-examined at every checkpoint by asking, and once more on the questions it knew before. See docs/training.md.
+Draws pictures in which one thing is a heart: 200 for training, as conversations about the shape of the heart and of
+another thing, and others to examine, where the heart's place is asked, too, which is not learnt. Each way of training
+starts from the tiny model and is examined at every checkpoint; at the end also on the questions that the tiny model
+knew before. See docs/training.md.
 """
 
 import dataclasses

@@ -11,6 +11,7 @@ from orbax.checkpoint import v1 as ocp
 
 from qwenvl_jax.config import UserError
 from qwenvl_jax.training.build import build_modules, divide
+from qwenvl_jax.training.checkpoints import cause
 from qwenvl_jax.training.placement import MeshRecipe, Placement
 from qwenvl_jax.training.recipe import read_recipe
 from qwenvl_jax.training.run import export, export_adapter
@@ -33,8 +34,9 @@ def export_checkpoint(checkpoint: str | Path, destination: str | Path, export_dt
     try:
         params = ocp.load_checkpointables(checkpoint, {"params": shapes})["params"]
     except Exception as error:  # whatever a damaged folder provokes in Orbax and TensorStore
-        reason = str(error).strip().split("\n")[0][:300]
-        raise UserError(f"{checkpoint}: damaged or incomplete ({reason}); name another checkpoint of the run") from None
+        raise UserError(
+            f"{checkpoint}: damaged or incomplete ({cause(error)}); name another checkpoint of the run"
+        ) from None
     model = rebuild(params | frozen)["model"]
     if recipe.lora is None:
         export(recipe, model, Path(destination), vocabulary)

@@ -31,6 +31,7 @@ from qwenvl_jax.training.build import (
 from qwenvl_jax.training.checkpoints import Checkpoints
 from qwenvl_jax.training.data import open_data
 from qwenvl_jax.training.evaluation import evaluate
+from qwenvl_jax.training.features import open_cache
 from qwenvl_jax.training.hosts import connect
 from qwenvl_jax.training.log import RunLog
 from qwenvl_jax.training.optimizer import make_optimizer, schedule
@@ -73,9 +74,10 @@ def train(recipe: Recipe) -> Path | None:
     _remember_recipe(recipe, output)
     placement = Placement(recipe.mesh, recipe.batch_size // recipe.accumulate)
     modules, config, vocabulary = build_modules(recipe, placement)
-    data = open_data(recipe, config, vocabulary, placement)
-    recipe = dataclasses.replace(recipe, steps=data.steps)
     params, frozen, rebuild = divide(modules, recipe, placement)
+    cache = open_cache(recipe, rebuild(params | frozen)["model"], set(params))
+    data = open_data(recipe, config, vocabulary, placement, cache)
+    recipe = dataclasses.replace(recipe, steps=data.steps)
     optimizer = make_optimizer(recipe.optimizer, params, recipe.steps, recipe.parts, rate_ratios(modules, recipe))
     del modules
     start = jax.device_put(jnp.zeros((), jnp.int32), placement.everywhere)
