@@ -33,7 +33,9 @@ class BatchRecipe:
 
     max_length: int = 2048  # tokens of a row
     packing: bool = True  # several records in a row; else one, and records of like length share a batch
-    answers_only: bool = False  # learn answers alone; else also what delimits turns, as the original does
+    answers_only: bool = (
+        False  # learn answers and their <|im_end|> alone; else also what delimits turns, as the original does
+    )
     too_long: Literal["cut", "skip"] = "cut"  # longer records lose text after the last picture, or are left out
     bad_records: Literal["stop", "skip"] = "stop"  # a mistake ends the run before it begins, or the record is left out
     pictures: int | None = None  # picture slots of a batch; None: a few more than an average batch needs

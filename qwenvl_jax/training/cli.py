@@ -1,6 +1,9 @@
 """The command `qwenvl-train` and `train.py`."""
 
+import errno
 import sys
+
+from absl import logging
 
 from qwenvl_jax.config import UserError
 from qwenvl_jax.training.recipe import parse_arguments
@@ -12,6 +15,7 @@ def main() -> int:
     Returns 0 at its end or when it was told to stop (SIGTERM), 1 when the loss is no longer a number, 2 with one line
     for a mistake in the command or the recipe.
     """
+    logging.set_verbosity(logging.FATAL)  # Orbax tells of an error in every thread; what it raises is told below
     try:
         recipe = parse_arguments(sys.argv[1:])
         if recipe.records is not None and not recipe.records.files:
@@ -21,6 +25,11 @@ def main() -> int:
         folder = train(recipe)
     except UserError as error:
         print(f"train: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"train: {error}; make room, and the same command goes on from its newest checkpoint", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"train: {error}", file=sys.stderr)

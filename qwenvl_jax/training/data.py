@@ -18,6 +18,7 @@ from qwenvl_jax.data.scene_rows import SceneRows
 from qwenvl_jax.processing.processor import Processor
 from qwenvl_jax.processing.tokenizer import Tokenizer
 from qwenvl_jax.training.evaluation import device_batch, validation_batches
+from qwenvl_jax.training.features import PictureCache
 from qwenvl_jax.training.placement import Placement
 from qwenvl_jax.training.recipe import Recipe
 from qwenvl_jax.training.record_rows import record_hidden
@@ -45,11 +46,16 @@ class RunData:
     once: Callable[[], Generator[Batch]]
 
 
-def open_data(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: Placement) -> RunData:
-    """The records of the recipe, or scenes where it names none. Raises UserError naming what is wrong with a record."""
+def open_data(
+    recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: Placement, cache: PictureCache | None = None
+) -> RunData:
+    """The records of the recipe, or scenes where it names none. Raises UserError naming what is wrong with a record.
+
+    cache: where records' pictures are replaced by their features; those that it lacks are encoded first.
+    """
     if recipe.records is None:
         return _scenes(recipe, config, vocabulary, placement)
-    return _records(recipe, config, vocabulary, placement)
+    return _records(recipe, config, vocabulary, placement, cache)
 
 
 def _scenes(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: Placement) -> RunData:
@@ -78,7 +84,9 @@ def _scenes(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: P
     )
 
 
-def _records(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: Placement) -> RunData:
+def _records(
+    recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: Placement, cache: PictureCache | None
+) -> RunData:
     wanted, splits = recipe.records, recipe.accumulate
     assert wanted is not None
     tokenizer = Tokenizer.from_file(vocabulary, config.visual.n_queries)
@@ -92,6 +100,7 @@ def _records(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: 
         processes=placement.batch_size // share,
         workers=recipe.workers,
         pairs=recipe.dpo is not None,
+        features=None if cache is None else cache.features,
     )
 
     def mixture(files: tuple[str, ...], weights: tuple[float, ...] | None) -> Mixture:
@@ -103,6 +112,8 @@ def _records(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: 
     )
     if len(records) < splits:
         raise UserError(f"records: {len(records)} batches are fewer than the {splits} of one step")
+    if cache is not None:
+        cache.fill(records.source, processor, recipe.workers)
     bounds = [records.longest]
     validation: list[tuple[Batch, dict]] = []
     if wanted.validation:
@@ -111,6 +122,8 @@ def _records(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: 
             mixture(wanted.validation, None),
             epochs=1,
         )
+        if cache is not None:
+            cache.fill(held.source, processor, recipe.workers)
         bounds.append(held.longest)
         for number in range(min(len(held), recipe.evaluate_batches)):
             placed = placement.batches({name: value[None] for name, value in held[number].items()})

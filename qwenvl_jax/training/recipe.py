@@ -92,6 +92,7 @@ class RecordsRecipe:
     weights: tuple[float, ...] | None = None  # of each, in the mixture; None: every record once an epoch
     validation: tuple[str, ...] = ()
     image_root: str | None = None  # where relative picture paths start; None: the folder of their file
+    cache_features: bool = False  # encode each picture once, before the first step; for a frozen vision tower
     epochs: int | None = None  # passes over the records, in place of `steps`; None: as many as those need
     template: typing.Literal["chat", "raw"] = (
         "chat"  # ChatML, or bare text and pictures as base models are pre-trained on

@@ -30,6 +30,7 @@ from qwenvl_jax.training.build import (
 )
 from qwenvl_jax.training.checkpoints import Checkpoints
 from qwenvl_jax.training.data import open_data
+from qwenvl_jax.training.features import open_cache
 from qwenvl_jax.training.hosts import connect
 from qwenvl_jax.training.log import RunLog
 from qwenvl_jax.training.loss import NEXT_TOKEN
@@ -75,9 +76,10 @@ def train(recipe: Recipe) -> Path | None:
     _remember_recipe(recipe, output)
     placement = Placement(recipe.mesh, recipe.batch_size // recipe.accumulate)
     modules, config, vocabulary = build_modules(recipe, placement)
-    data = open_data(recipe, config, vocabulary, placement)
-    recipe = dataclasses.replace(recipe, steps=data.steps)
     params, frozen, rebuild = divide(modules, recipe, placement)
+    cache = open_cache(recipe, rebuild(params | frozen)["model"], set(params))
+    data = open_data(recipe, config, vocabulary, placement, cache)
+    recipe = dataclasses.replace(recipe, steps=data.steps)
     optimizer = make_optimizer(recipe.optimizer, params, recipe.steps, recipe.parts, rate_ratios(modules, recipe))
     del modules
     start = jax.device_put(jnp.zeros((), jnp.int32), placement.everywhere)
@@ -138,7 +140,10 @@ def train(recipe: Recipe) -> Path | None:
             if stopping and not last:
                 return None
     model = rebuild(state.params | frozen)["model"]
-    return export(recipe, model, output, vocabulary) if recipe.lora is None else export_adapter(recipe, model, output)
+    folder = output / f"{'model' if recipe.lora is None else 'adapter'}-{recipe.steps}"
+    if not folder.exists():
+        export(recipe, model, folder, vocabulary) if recipe.lora is None else export_adapter(recipe, model, folder)
+    return folder
 
 
 def _check(metrics: list[dict[str, jax.Array]], number: int, where: Callable[[int], list[str]]) -> None:
@@ -149,29 +154,20 @@ def _check(metrics: list[dict[str, jax.Array]], number: int, where: Callable[[in
             raise FloatingPointError(f"the loss of step {step} is {float(values['loss'])}; it was made from {seen}")
 
 
-def export(recipe: Recipe, model: QwenVL, output: Path, vocabulary: Path) -> Path:
-    """Writes the model as a Hugging Face folder `output/model-STEPS`, with its vocabulary and generation settings."""
+def export(recipe: Recipe, model: QwenVL, folder: Path, vocabulary: Path) -> None:
+    """Writes the model as a Hugging Face folder, with its vocabulary and generation settings."""
     if recipe.start is None:
         generation = {"chat_format": "chatml", "do_sample": False, "max_new_tokens": 256, "max_window_size": 1536}
         small = SmallFiles(tokenizer_file=vocabulary, tokenizer_config=None, generation_config=generation)
     else:
         small = small_files(locate(recipe.start))
         small["generation_config"] = chat_settings(recipe) or small["generation_config"]
-    folder = output / f"model-{recipe.steps}"
-    if folder.exists():
-        return folder
-    model = jax.tree.map(lambda x: x.astype(recipe.export_dtype), model)
-    save_model(model, folder, **small)
-    return folder
+    save_model(jax.tree.map(lambda x: x.astype(recipe.export_dtype), model), folder, **small)
 
 
-def export_adapter(recipe: Recipe, model: QwenVL, output: Path) -> Path:
-    """Writes the adapter in PEFT's format, `output/adapter-STEPS`."""
-    folder = output / f"adapter-{recipe.steps}"
-    if not folder.exists():
-        settings = chat_settings(recipe)
-        save_adapter(model, folder, lora_recipe(recipe), base=recipe.start, generation_config=settings)
-    return folder
+def export_adapter(recipe: Recipe, model: QwenVL, folder: Path) -> None:
+    """Writes the adapter in PEFT's format."""
+    save_adapter(model, folder, lora_recipe(recipe), base=recipe.start, generation_config=chat_settings(recipe))
 
 
 # What may change between two starts of one run: where it runs and how it tells of it, but not what it computes.
