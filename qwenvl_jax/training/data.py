@@ -21,6 +21,7 @@ from qwenvl_jax.training.evaluation import device_batch, validation_batches
 from qwenvl_jax.training.placement import Placement
 from qwenvl_jax.training.recipe import Recipe
 from qwenvl_jax.training.record_rows import record_hidden
+from qwenvl_jax.training.samples import Asked, record_questions, scene_records
 from qwenvl_jax.training.step import packed_hidden
 
 Batch = dict[str, np.ndarray]
@@ -32,7 +33,9 @@ class RunData:
 
     batches: from a number of steps done, an iterator over this host's share of each step, arrays [A, ...] of
     `accumulate` batches; validation: batches, and what of them goes to the devices; forward: the forward pass for these
-    rows; where: of a step, counted from 1, what it shows; notes: what the user should know before the first step.
+    rows; where: of a step, counted from 1, what it shows; notes: what the user should know before the first step; done:
+    how many records so many steps show; asked: validation questions whose answers are to be seen; left_out: records
+    that are not learnt, or not whole, with reasons.
     """
 
     steps: int
@@ -41,16 +44,22 @@ class RunData:
     forward: Callable
     where: Callable[[int], list[str]]
     notes: list[str]
+    done: Callable[[int], int]
+    processor: Processor
+    asked: list[Asked]
+    left_out: list[str]
 
 
 def open_data(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: Placement) -> RunData:
     """The records of the recipe, or scenes where it names none. Raises UserError naming what is wrong with a record."""
+    processor = Processor(Tokenizer.from_file(vocabulary, config.visual.n_queries), config)
     if recipe.records is None:
-        return _scenes(recipe, config, vocabulary, placement)
-    return _records(recipe, config, vocabulary, placement)
+        return _scenes(recipe, processor, vocabulary, placement)
+    return _records(recipe, processor, placement)
 
 
-def _scenes(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: Placement) -> RunData:
+def _scenes(recipe: Recipe, processor: Processor, vocabulary: Path, placement: Placement) -> RunData:
+    config = processor.config
     rows = SceneRows(recipe.data, str(vocabulary), config, recipe.steps, recipe.batch_size)
     validation_recipe = dataclasses.replace(recipe.data, split="val", curriculum=((0.0, 6),), two_pictures_every=0)
     validation_rows = SceneRows(validation_recipe, str(vocabulary), config, 1, recipe.batch_size)
@@ -72,13 +81,16 @@ def _scenes(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: P
         packed_hidden,
         scenes_of,
         [],
+        done=lambda step: step * recipe.batch_size,
+        processor=processor,
+        asked=record_questions(scene_records(recipe.data.seed), processor, recipe.evaluate_samples),
+        left_out=[],
     )
 
 
-def _records(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: Placement) -> RunData:
+def _records(recipe: Recipe, processor: Processor, placement: Placement) -> RunData:
     wanted, splits = recipe.records, recipe.accumulate
     assert wanted is not None
-    processor = Processor(Tokenizer.from_file(vocabulary, config.visual.n_queries), config)
     share = len(placement.rows)
     shared = partial(
         RecordBatches,
@@ -100,6 +112,7 @@ def _records(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: 
         raise UserError(f"records: {len(records)} batches are fewer than the {splits} of one step")
     bounds = [records.longest]
     validation: list[tuple[Batch, dict]] = []
+    asked: list[Asked] = []
     if wanted.validation:
         held = shared(
             dataclasses.replace(wanted.batches, packing=True, bad_records="skip"),
@@ -110,6 +123,9 @@ def _records(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: 
         for number in range(min(len(held), recipe.evaluate_batches)):
             placed = placement.batches({name: value[None] for name, value in held[number].items()})
             validation.append(({}, jax.tree.map(lambda x: x[0], placed)))
+        usable = np.flatnonzero(held.tokens)
+        apart = usable[:: max(len(usable) // max(recipe.evaluate_samples, 1), 1)]  # of all files
+        asked = record_questions(map(held.source.__getitem__, apart.tolist()), processor, recipe.evaluate_samples)
 
     def from_step(first: int) -> Generator[Batch]:
         if first * splits >= len(records):
@@ -118,9 +134,10 @@ def _records(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: 
             for _ in range(first, len(records) // splits):
                 yield _stack([next(made) for _ in range(splits)])
 
-    notes = [f"left out: {reason}" for reason in records.skipped[:5]]
-    if len(records.skipped) > len(notes):
-        notes.append(f"left out: {len(records.skipped) - len(notes)} more records")
+    skipped = records.skipped
+    notes = [f"left out: {reason}" for reason in skipped[:5]]
+    if len(skipped) > len(notes):
+        notes.append(f"left out: {len(skipped) - len(notes)} more records")
     if records.cut:
         notes.append(f"cut: {records.cut} records lose text beyond {wanted.batches.max_length} tokens")
     return RunData(
@@ -130,6 +147,10 @@ def _records(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: 
         partial(record_hidden, longest=max(bounds)),
         lambda step: [place for i in range(splits) for place in records.where((step - 1) * splits + i)],
         notes,
+        done=lambda step: records.before(step * splits),
+        processor=processor,
+        asked=asked,
+        left_out=[*skipped, *records.shortened],
     )
 
 

@@ -1,9 +1,9 @@
 """Model FLOPs of a training step and the peak of a device, whose ratio over time is MFU.
 
 Counted are the products with weights and the two products of attention, for real tokens and pictures, each once:
-padding, what remat computes again, norms, softmax and the optimizer are none of the model's work (Chowdhery et al. 2022,
-PaLM, appendix B). For a model of N trained weights that is the well-known 6 N per token; frozen weights cost no gradient
-of their own, so they cost 4 N where something under them learns, else 2 N.
+padding, what remat computes again, norms, softmax and the optimizer are none of the model's work (Chowdhery et al.
+2022, PaLM, appendix B). For a model of N trained weights that is the well-known 6 N per token; frozen weights cost no
+gradient of their own, so they cost 4 N where something under them learns, else 2 N.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from qwenvl_jax.config import QwenVLConfig, VisionConfig
 from qwenvl_jax.training.parts import part_name
 
 # FLOP/s of one device in dense bfloat16 products, by the first words of its `device_kind`; the first that fits counts.
-# From the vendors' data sheets (NVIDIA's of each board, without sparsity; Google Cloud's pages on TPU versions). JAX sees
-# each of the two cores of a TPU v2 or v3 chip as a device.
+# From the vendors' data sheets (NVIDIA's of each board, without sparsity; Google Cloud's pages on TPU versions). JAX
+# sees each of the two cores of a TPU v2 or v3 chip as a device.
 PEAKS = {
     "NVIDIA B200": 2250e12,
     "NVIDIA H200 NVL": 835e12,
@@ -110,8 +110,13 @@ def vision_stages(vision: VisionConfig, trained: Mapping[str, jax.Array]) -> tup
     resampler = Stage(read, 4 * queries * patches * dim)
     projection = Stage(2 * queries * dim**2, 0)
 
-    uses = {"vit.": patches, "resampler.kv.": patches, "resampler.attention.out.": queries, "projection.": queries}
-    uses["resampler.attention.qkv."] = (queries + 2 * patches) / 3
+    uses = {
+        "vit.": float(patches),
+        "resampler.kv.": patches,
+        "resampler.attention.qkv.": (queries + 2 * patches) / 3,
+        "resampler.attention.out.": queries,
+        "projection.": queries,
+    }
     return (
         _with_trained(vit, trained, "model.visual.vit.", uses),
         _with_trained(resampler, trained, "model.visual.resampler.", uses),

@@ -127,6 +127,8 @@ class Recipe:
     log_every: int = 50
     evaluate_every: int = 500
     evaluate_batches: int = 8
+    evaluate_samples: int = 8  # validation questions that the model answers at each evaluation; 0: none
+    peak_tflops: float | None = None  # of one device, for MFU; None: the data sheet's, for devices known to flops.py
     save_every: int = 500
     keep: int = 2  # checkpoints
     export_dtype: typing.Literal["bfloat16", "float32"] = "bfloat16"
@@ -136,6 +138,10 @@ class Recipe:
         for name in positive:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.evaluate_samples < 0:
+            raise UserError(f"evaluate_samples is {self.evaluate_samples}; it must be at least 0")
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise UserError(f"peak_tflops is {self.peak_tflops}; it must be above 0")
         if (self.lora is not None or self.quantize is not None) and self.start is None:
             raise UserError("lora and quantize go with a checkpoint; name one with start")
         if self.quantize is not None and self.lora is None:

@@ -5,13 +5,11 @@ import dataclasses
 import json
 import signal
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import yaml
 from jax.experimental import multihost_utils
 
@@ -24,11 +22,14 @@ from qwenvl_jax.training.build import auxiliary_schedule, build_modules, divide,
 from qwenvl_jax.training.checkpoints import Checkpoints
 from qwenvl_jax.training.data import open_data
 from qwenvl_jax.training.evaluation import evaluate
+from qwenvl_jax.training.flops import peak_flops, step_cost
 from qwenvl_jax.training.hosts import connect
 from qwenvl_jax.training.log import RunLog
+from qwenvl_jax.training.meter import Meter, count
 from qwenvl_jax.training.optimizer import make_optimizer, schedule
 from qwenvl_jax.training.placement import Placement
 from qwenvl_jax.training.recipe import Recipe
+from qwenvl_jax.training.samples import Samples
 from qwenvl_jax.training.step import TrainState, make_evaluation_step, make_train_step
 
 
@@ -57,8 +58,8 @@ def train(recipe: Recipe) -> Path | None:
     """Runs the recipe to its end, from the newest checkpoint in its output folder if there is one.
 
     Returns the folder of the exported model, or None after SIGTERM, when a checkpoint has been saved. Raises UserError
-    when the folder holds a run of another recipe, and FloatingPointError naming the step when the loss is no longer a
-    number.
+    when the folder holds a run of another recipe, and FloatingPointError naming the step when loss or gradient are no
+    longer numbers.
     """
     connect(recipe.hosts)
     output = Path(recipe.output)
@@ -86,51 +87,61 @@ def train(recipe: Recipe) -> Path | None:
 
     rate = schedule(recipe.optimizer, recipe.optimizer.learning_rate, recipe.steps)
 
+    samples = Samples(data.asked if jax.process_count() == 1 else [], data.processor, output / "samples")
+    meter = Meter(step_cost(config, params), _peak(recipe, placement))
+    counted = partial(count, queries=config.visual.n_queries)
+
     with (
         contextlib.closing(Checkpoints(output / "checkpoints", recipe.keep)) as checkpoints,
         contextlib.closing(data.batches(checkpoints.latest or 0)) as batches,
-        RunLog(output, recipe.steps, checkpoints.latest or 0, params | frozen, set(params)) as log,
+        RunLog(output, recipe.steps, checkpoints.latest or 0, params | frozen, set(params), data.left_out) as log,
         StopRequest() as stop,
     ):
         for note in data.notes:
             log.console.print(note)
+        if len(samples.asked) < len(data.asked):
+            log.console.print("no samples are answered: that is for a single host")
         if checkpoints.latest is not None:
             state = checkpoints.load(state)
         first = int(state.step)
-        waited, metrics = 0.0, []
+        meter.restart()
         for number in range(first + 1, recipe.steps + 1):
             began = time.perf_counter()
             batch = placement.batches(next(batches))
-            waited += time.perf_counter() - began
-            state, step_metrics = (vision_step if number <= alone else step)(state, frozen, batch)
-            metrics.append(step_metrics)
-            stopping = stop.at(number)
-            last = number == recipe.steps
-            if number % recipe.log_every == 0 or last or stopping:
-                _check(metrics, number, data.where)
-                values = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
-                values |= {"learning_rate": float(rate(number)), "data_wait": waited / len(metrics)}
-                log.steps(number, values, len(metrics))
-                waited, metrics = 0.0, []
-            result = None
-            if data.validation and (number % recipe.evaluate_every == 0 or last):
-                result = evaluate(partial(evaluation_step, state.params, frozen), data.validation)
-                log.evaluation(number, result)
-            if number % recipe.save_every == 0 or last or stopping:
-                _check(metrics, number, data.where)
-                checkpoints.save(state, number, result["loss"] if result else None)
+            waited = time.perf_counter() - began
+            state, metrics = (vision_step if number <= alone else step)(state, frozen, batch)
+            meter.add(metrics | counted(batch, words=number > alone), waited)
+            last, stopping = number == recipe.steps, stop.at(number)
+            logs = number % recipe.log_every == 0 or last or stopping
+            evaluates = number % recipe.evaluate_every == 0 or last
+            saves = number % recipe.save_every == 0 or last or stopping
+            if logs or evaluates or saves:
+                meter.check(number, data.where, checkpoints.latest)
+            if logs:
+                log.steps(number, meter.row() | {"learning_rate": float(rate(number)), "records": data.done(number)})
+            result = {}
+            if evaluates:
+                with meter.paused():
+                    if data.validation:
+                        result = evaluate(partial(evaluation_step, state.params, frozen), data.validation)
+                    if samples.asked:
+                        now = {name: p if dtype is None else p.astype(dtype) for name, p in state.params.items()}
+                        samples.answer(rebuild(now | frozen)["model"], number)
+                        del now
+                    log.evaluation(number, result)
+            if saves:
+                checkpoints.save(state, number, result.get("loss"))
             if stopping and not last:
                 return None
     model = rebuild(state.params | frozen)["model"]
     return export(recipe, model, output, vocabulary) if recipe.lora is None else export_adapter(recipe, model, output)
 
 
-def _check(metrics: list[dict[str, jax.Array]], number: int, where: Callable[[int], list[str]]) -> None:
-    """Raises FloatingPointError if a loss of the steps up to `number` is no number, naming the step and what it saw."""
-    for step, values in enumerate(metrics, number - len(metrics) + 1):
-        if not np.isfinite(values["loss"]):
-            seen = ", ".join(where(step)[:20])
-            raise FloatingPointError(f"the loss of step {step} is {float(values['loss'])}; it was made from {seen}")
+def _peak(recipe: Recipe, placement: Placement) -> float | None:
+    """FLOP/s of all devices of the run, None where that is not known."""
+    kind = placement.mesh.devices.flat[0].device_kind
+    one = peak_flops(kind) if recipe.peak_tflops is None else 1e12 * recipe.peak_tflops
+    return None if one is None else one * placement.mesh.size
 
 
 def export(recipe: Recipe, model: QwenVL, output: Path, vocabulary: Path) -> Path:
@@ -157,7 +168,7 @@ def export_adapter(recipe: Recipe, model: QwenVL, output: Path) -> Path:
 
 
 # What may change between two starts of one run: where it runs and how it tells of it, but not what it computes.
-CIRCUMSTANCES = ("output", "mesh", "hosts", "workers", "log_every", "keep")
+CIRCUMSTANCES = ("output", "mesh", "hosts", "workers", "log_every", "keep", "evaluate_samples", "peak_tflops")
 
 
 def _remember_recipe(recipe: Recipe, output: Path) -> None:
