@@ -87,12 +87,14 @@ class Meter:
         row = {name: value for name, value in means.items() if name not in WORK}
         row |= {"seconds_per_step": seconds, "data_wait": self.waited / steps}
         row["data_wait_share"] = row["data_wait"] / seconds
-        row |= {f"{name}_per_second": row[name] / seconds for name in ("tokens", "pictures", "target_tokens")}
+        speeds = [name for name in ("tokens", "pictures", "target_tokens") if name in row]
+        row |= {f"{name}_per_second": row[name] / seconds for name in speeds}
         for prefix, things, places in (("", "tokens", "places"), ("picture_", "pictures", "picture_places")):
             if means[places]:
                 row[f"{prefix}padding"] = 1 - means[things] / means[places]
         if self.peak:
-            work = self.cost.flops(means["tokens"], means["pairs"], means["target_tokens"], means["encoded"])
+            targets = means.get("target_tokens", 0.0)
+            work = self.cost.flops(means["tokens"], means["pairs"], targets, means["encoded"])
             row["mfu"] = work / seconds / self.peak
         self.restart()
         return row | device_memory()

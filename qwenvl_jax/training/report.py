@@ -178,7 +178,7 @@ def _sample(folder: Path, number: int, asked: dict[int, list[Row]]) -> str:
         if found["question"] == line["question"]
     )
     verdict = "as" if _same(line) else "otherwise"
-    answered = f'Answered, <span class="{verdict}">{"as expected" if verdict == "as" else verdict}</span>'
+    answered = f'Answered, <span class="{verdict}">{"as expected" if verdict == "as" else "not as expected"}</span>'
     return (
         f'<article>{picture}<p class="question">{e(line["question"])}</p><dl>'
         f"<div><dt>Expected</dt><dd>{e(line['expected'])}</dd></div>"
