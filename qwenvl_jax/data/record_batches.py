@@ -6,7 +6,7 @@ has. Several processes share each batch: every one makes its own rows and its ow
 
 import dataclasses
 import itertools
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -127,6 +127,17 @@ class RecordBatches:
         return [
             reason if bad else f"{self.source[i].where}: {reason}" for i, (bad, reason) in sorted(self._reasons.items())
         ]
+
+    @property
+    def shortened(self) -> Iterator[str]:
+        """Of each record that loses text, its place and how much."""
+        for index in np.flatnonzero((self.tokens > 0) & (self.measured > self.tokens)).tolist():
+            lost = self.measured[index] - self.tokens[index]
+            yield f"{self.source[index].where}: loses {lost} of {self.measured[index]} tokens"
+
+    def before(self, number: int) -> int:
+        """How many records the first `number` batches have, over all processes."""
+        return int(self.plan.row_ends[self.plan.batch_ends[number]])
 
     def counts(self, number: int) -> dict[str, float]:
         """Of batch `number`, over all processes: records, pictures, tokens, and the shares of padding of both."""

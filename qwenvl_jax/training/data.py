@@ -22,6 +22,7 @@ from qwenvl_jax.training.features import PictureCache
 from qwenvl_jax.training.placement import Placement
 from qwenvl_jax.training.recipe import Recipe
 from qwenvl_jax.training.record_rows import record_hidden
+from qwenvl_jax.training.samples import Asked, record_questions, scene_records
 from qwenvl_jax.training.step import packed_hidden
 
 Batch = dict[str, np.ndarray]
@@ -34,7 +35,9 @@ class RunData:
     batches: from a number of steps done, an iterator over this host's share of each step, arrays [A, ...] of
     `accumulate` batches; validation: batches, and what of them goes to the devices; forward: the forward pass for these
     rows; where: of a step, counted from 1, what it shows; notes: what the user should know before the first step;
-    once: the batches of the first steps, as many as show every record once.
+    once: the batches of the first steps, as many as show every record once; done: how many records so many steps show;
+    asked: validation questions whose answers are to be seen; left_out: records that are not learnt, or not whole, with
+    reasons.
     """
 
     steps: int
@@ -44,6 +47,10 @@ class RunData:
     where: Callable[[int], list[str]]
     notes: list[str]
     once: Callable[[], Generator[Batch]]
+    done: Callable[[int], int]
+    processor: Processor
+    asked: list[Asked]
+    left_out: list[str]
 
 
 def open_data(
@@ -53,12 +60,14 @@ def open_data(
 
     cache: where records' pictures are replaced by their features; those that it lacks are encoded first.
     """
+    tokenizer = Tokenizer.from_file(vocabulary, config.visual.n_queries)
     if recipe.records is None:
-        return _scenes(recipe, config, vocabulary, placement)
-    return _records(recipe, config, vocabulary, placement, cache)
+        return _scenes(recipe, Processor(tokenizer, config), vocabulary, placement)
+    return _records(recipe, Processor(tokenizer, config, training_form=recipe.records.template), placement, cache)
 
 
-def _scenes(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: Placement) -> RunData:
+def _scenes(recipe: Recipe, processor: Processor, vocabulary: Path, placement: Placement) -> RunData:
+    config = processor.config
     rows = SceneRows(recipe.data, str(vocabulary), config, recipe.steps, recipe.batch_size)
     validation_recipe = dataclasses.replace(recipe.data, split="val", curriculum=((0.0, 6),), two_pictures_every=0)
     validation_rows = SceneRows(validation_recipe, str(vocabulary), config, 1, recipe.batch_size)
@@ -80,17 +89,17 @@ def _scenes(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: P
         packed_hidden,
         scenes_of,
         [],
-        partial(from_step, 0),
+        once=partial(from_step, 0),
+        done=lambda step: step * recipe.batch_size,
+        processor=processor,
+        asked=record_questions(scene_records(recipe.data.seed), processor, recipe.evaluate_samples),
+        left_out=[],
     )
 
 
-def _records(
-    recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: Placement, cache: PictureCache | None
-) -> RunData:
+def _records(recipe: Recipe, processor: Processor, placement: Placement, cache: PictureCache | None) -> RunData:
     wanted, splits = recipe.records, recipe.accumulate
     assert wanted is not None
-    tokenizer = Tokenizer.from_file(vocabulary, config.visual.n_queries)
-    processor = Processor(tokenizer, config, training_form=wanted.template)
     share = len(placement.rows)
     shared = partial(
         RecordBatches,
@@ -116,6 +125,7 @@ def _records(
         cache.fill(records.source, processor, recipe.workers)
     bounds = [records.longest]
     validation: list[tuple[Batch, dict]] = []
+    asked: list[Asked] = []
     if wanted.validation:
         held = shared(
             dataclasses.replace(wanted.batches, packing=True, bad_records="skip"),
@@ -128,6 +138,10 @@ def _records(
         for number in range(min(len(held), recipe.evaluate_batches)):
             placed = placement.batches({name: value[None] for name, value in held[number].items()})
             validation.append(({}, jax.tree.map(lambda x: x[0], placed)))
+        usable = np.flatnonzero(held.tokens)
+        wished = recipe.evaluate_samples if wanted.template == "chat" else 0  # a base model is not to be asked
+        apart = usable[:: max(len(usable) // max(wished, 1), 1)]  # of all files
+        asked = record_questions(map(held.source.__getitem__, apart.tolist()), processor, wished)
 
     count = len(records) // splits
 
@@ -137,9 +151,10 @@ def _records(
             for _ in range(first, stop):
                 yield _stack([next(made) for _ in range(splits)])
 
-    notes = [f"left out: {reason}" for reason in records.skipped[:5]]
-    if len(records.skipped) > len(notes):
-        notes.append(f"left out: {len(records.skipped) - len(notes)} more records")
+    skipped = records.skipped
+    notes = [f"left out: {reason}" for reason in skipped[:5]]
+    if len(skipped) > len(notes):
+        notes.append(f"left out: {len(skipped) - len(notes)} more records")
     if records.cut:
         notes.append(f"cut: {records.cut} records lose text beyond {wanted.batches.max_length} tokens")
     return RunData(
@@ -149,7 +164,11 @@ def _records(
         partial(record_hidden, longest=max(bounds)),
         lambda step: [place for i in range(splits) for place in records.where((step - 1) * splits + i)],
         notes,
-        lambda: from_step(0, -(-records.plan.shown(count * splits) // splits)),
+        once=lambda: from_step(0, -(-records.plan.shown(count * splits) // splits)),
+        done=lambda step: records.before(step * splits),
+        processor=processor,
+        asked=asked,
+        left_out=[*skipped, *records.shortened],
     )
 
 
