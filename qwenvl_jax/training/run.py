@@ -20,7 +20,7 @@ from qwenvl_jax.checkpoints.huggingface import save_model
 from qwenvl_jax.checkpoints.peft import save_adapter
 from qwenvl_jax.config import UserError
 from qwenvl_jax.models.qwen_vl import QwenVL
-from qwenvl_jax.training.build import auxiliary_schedule, build_modules, divide, lora_recipe, rate_ratios
+from qwenvl_jax.training.build import build_modules, build_step, divide, lora_recipe, rate_ratios
 from qwenvl_jax.training.checkpoints import Checkpoints
 from qwenvl_jax.training.data import open_data
 from qwenvl_jax.training.evaluation import evaluate
@@ -29,7 +29,7 @@ from qwenvl_jax.training.log import RunLog
 from qwenvl_jax.training.optimizer import make_optimizer, schedule
 from qwenvl_jax.training.placement import Placement
 from qwenvl_jax.training.recipe import Recipe
-from qwenvl_jax.training.step import TrainState, make_evaluation_step, make_train_step
+from qwenvl_jax.training.step import TrainState, make_evaluation_step
 
 
 class StopRequest:
@@ -74,11 +74,8 @@ def train(recipe: Recipe) -> Path | None:
     start = jax.device_put(jnp.zeros((), jnp.int32), placement.everywhere)
     state = TrainState(start, params, placement.optimizer(optimizer, params))
     dtype = recipe.dtype if recipe.dtype != "float32" else None
-    weight = auxiliary_schedule(recipe)
-    dropout = jax.random.key(recipe.seed) if recipe.lora is not None and recipe.lora.dropout > 0 else None
-    make_step = partial(make_train_step, rebuild, optimizer, weight, dtype=dtype)
-    step = jax.jit(make_step(remat=recipe.remat, hidden_of=data.forward, dropout=dropout), donate_argnums=0)
-    vision_step = jax.jit(make_step(vision_only=True), donate_argnums=0)
+    step = build_step(recipe, placement.mesh, rebuild, optimizer, data.forward)
+    vision_step = build_step(recipe, placement.mesh, rebuild, optimizer, data.forward, vision_only=True)
     alone = 0 if recipe.auxiliary is None else recipe.auxiliary.alone_steps
     evaluation_step = jax.jit(
         make_evaluation_step(rebuild, dtype=dtype, hidden_of=data.forward), out_shardings=placement.everywhere
