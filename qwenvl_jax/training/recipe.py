@@ -5,6 +5,7 @@
 
 import dataclasses
 import difflib
+import itertools
 import json
 import sys
 import types
@@ -26,6 +27,7 @@ from qwenvl_jax.training.hosts import HostsRecipe
 from qwenvl_jax.training.optimizer import OptimizerRecipe
 from qwenvl_jax.training.parts import Parts
 from qwenvl_jax.training.placement import MeshRecipe
+from qwenvl_jax.training.planned_devices import PlanRecipe
 from qwenvl_jax.training.preference import DpoRecipe
 
 
@@ -195,6 +197,30 @@ def parse_arguments(arguments: Sequence[str]) -> Recipe:
         recipe = dataclasses.replace(recipe, records=dataclasses.replace(recipe.records, epochs=None))
     plain = (tyro.conf.AvoidSubcommands,)  # a part that a recipe has or has not is fields, no command of its own
     return tyro.cli(Recipe, args=flags, default=recipe, prog=program, config=plain)
+
+
+def parse_plan(arguments: Sequence[str]) -> tuple[list[str], PlanRecipe | None]:
+    """The arguments without `--plan` and `--plan.FIELD VALUE`, and what these say; None where there are none."""
+    rest: list[str] = []
+    flags: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument.startswith("--plan."):
+            flags.append(argument)
+            flags += [] if "=" in argument else itertools.islice(remaining, 1)
+        elif argument != "--plan":
+            rest.append(argument)
+    if len(rest) == len(arguments):
+        return rest, None
+    flags += {"-h", "--help"} & set(rest)  # with --plan, about it
+    return rest, tyro.cli(_PlanFlags, args=flags, prog=f"{Path(sys.argv[0]).name} RECIPE.yaml --plan").plan
+
+
+@dataclasses.dataclass(frozen=True)
+class _PlanFlags:
+    """Compiles the recipe's step for machines that are not there, and says what each of them would have to hold."""
+
+    plan: PlanRecipe = dataclasses.field(default_factory=PlanRecipe)
 
 
 # What may change between two starts of one run: where it runs and how it tells of it, but not what it computes.

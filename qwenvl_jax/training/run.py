@@ -9,12 +9,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from qwenvl_jax.training.build import (
-    auxiliary_schedule,
-    build_modules,
-    divide,
-    rate_ratios,
-)
+from qwenvl_jax.sharding import on_mesh
+from qwenvl_jax.training.build import build_modules, build_step, divide, objective_of, rate_ratios
 from qwenvl_jax.training.checkpoints import Checkpoints
 from qwenvl_jax.training.data import open_data
 from qwenvl_jax.training.export import export, export_adapter
@@ -22,15 +18,13 @@ from qwenvl_jax.training.features import open_cache
 from qwenvl_jax.training.flops import peak_of_run, step_cost
 from qwenvl_jax.training.hosts import StopRequest, connect
 from qwenvl_jax.training.log import RunLog
-from qwenvl_jax.training.loss import NEXT_TOKEN
 from qwenvl_jax.training.meter import Meter, count
 from qwenvl_jax.training.optimizer import make_optimizer, schedule
 from qwenvl_jax.training.placement import Placement
-from qwenvl_jax.training.preference import preference_objective
 from qwenvl_jax.training.recipe import Recipe, remember_recipe
 from qwenvl_jax.training.reference import examine_reference, with_reference
 from qwenvl_jax.training.samples import Samples
-from qwenvl_jax.training.step import TrainState, make_evaluation_step, make_train_step
+from qwenvl_jax.training.step import TrainState, make_evaluation_step
 
 
 def train(recipe: Recipe) -> Path | None:
@@ -55,17 +49,14 @@ def train(recipe: Recipe) -> Path | None:
     start = jax.device_put(jnp.zeros((), jnp.int32), placement.everywhere)
     state = TrainState(start, params, placement.optimizer(optimizer, params))
     dtype = recipe.dtype if recipe.dtype != "float32" else None
-    weight = auxiliary_schedule(recipe)
-    dropout = jax.random.key(recipe.seed) if recipe.lora is not None and recipe.lora.dropout > 0 else None
-    objective = NEXT_TOKEN if recipe.dpo is None else preference_objective(recipe.dpo)
-    make_step = partial(make_train_step, rebuild, optimizer, weight, dtype=dtype, objective=objective)
-    step = jax.jit(make_step(remat=recipe.remat, hidden_of=data.forward, dropout=dropout), donate_argnums=0)
-    vision_step = jax.jit(make_step(vision_only=True), donate_argnums=0)
+    objective = objective_of(recipe)
+    step = build_step(recipe, placement.mesh, rebuild, optimizer, data.forward)
+    vision_step = build_step(recipe, placement.mesh, rebuild, optimizer, data.forward, vision_only=True)
     alone = 0 if recipe.auxiliary is None else recipe.auxiliary.alone_steps
 
     def evaluating(examine):
         made = make_evaluation_step(rebuild, dtype=dtype, hidden_of=data.forward, examine=examine)
-        return jax.jit(made, out_shardings=placement.everywhere)
+        return jax.jit(on_mesh(made, placement.mesh), out_shardings=placement.everywhere)
 
     evaluation_step = evaluating(objective.examine)
     rate = schedule(recipe.optimizer, recipe.optimizer.learning_rate, recipe.steps)
