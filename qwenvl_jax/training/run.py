@@ -20,6 +20,7 @@ from qwenvl_jax.checkpoints.huggingface import save_model
 from qwenvl_jax.checkpoints.peft import save_adapter
 from qwenvl_jax.config import UserError
 from qwenvl_jax.models.qwen_vl import QwenVL
+from qwenvl_jax.sharding import on_mesh
 from qwenvl_jax.training.build import build_modules, build_step, divide, lora_recipe, rate_ratios
 from qwenvl_jax.training.checkpoints import Checkpoints
 from qwenvl_jax.training.data import open_data
@@ -77,9 +78,8 @@ def train(recipe: Recipe) -> Path | None:
     step = build_step(recipe, placement.mesh, rebuild, optimizer, data.forward)
     vision_step = build_step(recipe, placement.mesh, rebuild, optimizer, data.forward, vision_only=True)
     alone = 0 if recipe.auxiliary is None else recipe.auxiliary.alone_steps
-    evaluation_step = jax.jit(
-        make_evaluation_step(rebuild, dtype=dtype, hidden_of=data.forward), out_shardings=placement.everywhere
-    )
+    examine = on_mesh(make_evaluation_step(rebuild, dtype=dtype, hidden_of=data.forward), placement.mesh)
+    evaluation_step = jax.jit(examine, out_shardings=placement.everywhere)
 
     rate = schedule(recipe.optimizer, recipe.optimizer.learning_rate, recipe.steps)
 
