@@ -79,7 +79,7 @@ def _needed(error: str) -> int:
 
 
 def abstract_step(recipe: Recipe, devices: Sequence[jax.Device], pictures: float):
-    """The recipe's train step, jitted, and its arguments (state, frozen, batch) as shapes on a mesh of these devices."""
+    """The recipe's jitted train step and its arguments (state, frozen, batch), shapes on a mesh of these devices."""
     placement = Placement(recipe.mesh, recipe.batch_size // recipe.accumulate, devices)
     modules, config, vocabulary = abstract_modules(recipe)
     params, frozen, rebuild = divide(modules, recipe, placement)
