@@ -6,7 +6,7 @@ has. Several processes share each batch: every one makes its own rows and its ow
 
 import dataclasses
 import itertools
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +33,9 @@ class BatchRecipe:
 
     max_length: int = 2048  # tokens of a row
     packing: bool = True  # several records in a row; else one, and records of like length share a batch
-    answers_only: bool = False  # learn answers alone; else also what delimits turns, as the original does
+    answers_only: bool = (
+        False  # learn answers and their <|im_end|> alone; else also what delimits turns, as the original does
+    )
     too_long: Literal["cut", "skip"] = "cut"  # longer records lose text after the last picture, or are left out
     bad_records: Literal["stop", "skip"] = "stop"  # a mistake ends the run before it begins, or the record is left out
     pictures: int | None = None  # picture slots of a batch; None: a few more than an average batch needs
@@ -125,6 +127,17 @@ class RecordBatches:
         return [
             reason if bad else f"{self.source[i].where}: {reason}" for i, (bad, reason) in sorted(self._reasons.items())
         ]
+
+    @property
+    def shortened(self) -> Iterator[str]:
+        """Of each record that loses text, its place and how much."""
+        for index in np.flatnonzero((self.tokens > 0) & (self.measured > self.tokens)).tolist():
+            lost = self.measured[index] - self.tokens[index]
+            yield f"{self.source[index].where}: loses {lost} of {self.measured[index]} tokens"
+
+    def before(self, number: int) -> int:
+        """How many records the first `number` batches have, over all processes."""
+        return int(self.plan.row_ends[self.plan.batch_ends[number]])
 
     def counts(self, number: int) -> dict[str, float]:
         """Of batch `number`, over all processes: records, pictures, tokens, and the shares of padding of both."""

@@ -83,8 +83,8 @@ class Generator:
     def __init__(self, model: QwenVL):
         self.config = model.config
         self.compilations = 0
-        self._leaves, self._structure = jax.tree.flatten(unstack(model))
         self._lock = threading.RLock()
+        self.load(model)
         self._encode = self._program(_encode)
         self._prefill = self._program(_prefill)
         self._decode = self._program(_decode, donate="state")
@@ -93,6 +93,14 @@ class Generator:
         # A past that stays as long as it was is filled in place.
         self._flush = self._plain_program(_flush, donate_argnames=("past",), static_argnames=("slots",))
         self._grow = self._plain_program(_flush, static_argnames=("slots",))
+
+    def load(self, model: QwenVL) -> None:
+        """Goes on with the weights of another model of the same shapes and types, by the programs compiled so far."""
+        self._leaves, self._structure = jax.tree.flatten(unstack(model))
+
+    def unload(self) -> None:
+        """Lets go of the weights, for a loop that trains them; `load` brings the next ones."""
+        self._leaves = []
 
     def _program(self, function: Callable, donate: str | None = None) -> Callable:
         """`function(model, ...)` compiled, with the model's arrays already given.
@@ -104,7 +112,7 @@ class Generator:
             return function(jax.tree.unflatten(self._structure, leaves), *args, **kwargs)
 
         compiled = self._plain_program(functools.wraps(function)(on_leaves), donate_argnames=donate)
-        return functools.partial(compiled, self._leaves)
+        return lambda *args, **kwargs: compiled(self._leaves, *args, **kwargs)
 
     def _plain_program(self, function: Callable, **options: Any) -> Callable:
         @functools.wraps(function)

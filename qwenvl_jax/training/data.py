@@ -18,9 +18,11 @@ from qwenvl_jax.data.scene_rows import SceneRows
 from qwenvl_jax.processing.processor import Processor
 from qwenvl_jax.processing.tokenizer import Tokenizer
 from qwenvl_jax.training.evaluation import device_batch, validation_batches
+from qwenvl_jax.training.features import PictureCache
 from qwenvl_jax.training.placement import Placement
 from qwenvl_jax.training.recipe import Recipe
 from qwenvl_jax.training.record_rows import record_hidden
+from qwenvl_jax.training.samples import Asked, record_questions, scene_records
 from qwenvl_jax.training.step import packed_hidden
 
 Batch = dict[str, np.ndarray]
@@ -33,7 +35,9 @@ class RunData:
     batches: from a number of steps done, an iterator over this host's share of each step, arrays [A, ...] of
     `accumulate` batches; validation: batches, and what of them goes to the devices; forward: the forward pass for these
     rows; where: of a step, counted from 1, what it shows; notes: what the user should know before the first step;
-    once: the batches of the first steps, as many as show every record once.
+    once: the batches of the first steps, as many as show every record once; done: how many records so many steps show;
+    asked: validation questions whose answers are to be seen; left_out: records that are not learnt, or not whole, with
+    reasons.
     """
 
     steps: int
@@ -43,16 +47,27 @@ class RunData:
     where: Callable[[int], list[str]]
     notes: list[str]
     once: Callable[[], Generator[Batch]]
+    done: Callable[[int], int]
+    processor: Processor
+    asked: list[Asked]
+    left_out: list[str]
 
 
-def open_data(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: Placement) -> RunData:
-    """The records of the recipe, or scenes where it names none. Raises UserError naming what is wrong with a record."""
+def open_data(
+    recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: Placement, cache: PictureCache | None = None
+) -> RunData:
+    """The records of the recipe, or scenes where it names none. Raises UserError naming what is wrong with a record.
+
+    cache: where records' pictures are replaced by their features; those that it lacks are encoded first.
+    """
+    tokenizer = Tokenizer.from_file(vocabulary, config.visual.n_queries)
     if recipe.records is None:
-        return _scenes(recipe, config, vocabulary, placement)
-    return _records(recipe, config, vocabulary, placement)
+        return _scenes(recipe, Processor(tokenizer, config), vocabulary, placement)
+    return _records(recipe, Processor(tokenizer, config, training_form=recipe.records.template), placement, cache)
 
 
-def _scenes(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: Placement) -> RunData:
+def _scenes(recipe: Recipe, processor: Processor, vocabulary: Path, placement: Placement) -> RunData:
+    config = processor.config
     rows = SceneRows(recipe.data, str(vocabulary), config, recipe.steps, recipe.batch_size)
     validation_recipe = dataclasses.replace(recipe.data, split="val", curriculum=((0.0, 6),), two_pictures_every=0)
     validation_rows = SceneRows(validation_recipe, str(vocabulary), config, 1, recipe.batch_size)
@@ -74,15 +89,17 @@ def _scenes(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: P
         packed_hidden,
         scenes_of,
         [],
-        partial(from_step, 0),
+        once=partial(from_step, 0),
+        done=lambda step: step * recipe.batch_size,
+        processor=processor,
+        asked=record_questions(scene_records(recipe.data.seed), processor, recipe.evaluate_samples),
+        left_out=[],
     )
 
 
-def _records(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: Placement) -> RunData:
+def _records(recipe: Recipe, processor: Processor, placement: Placement, cache: PictureCache | None) -> RunData:
     wanted, splits = recipe.records, recipe.accumulate
     assert wanted is not None
-    tokenizer = Tokenizer.from_file(vocabulary, config.visual.n_queries)
-    processor = Processor(tokenizer, config, training_form=wanted.template)
     share = len(placement.rows)
     shared = partial(
         RecordBatches,
@@ -92,6 +109,7 @@ def _records(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: 
         processes=placement.batch_size // share,
         workers=recipe.workers,
         pairs=recipe.dpo is not None,
+        features=None if cache is None else cache.features,
     )
 
     def mixture(files: tuple[str, ...], weights: tuple[float, ...] | None) -> Mixture:
@@ -103,18 +121,27 @@ def _records(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: 
     )
     if len(records) < splits:
         raise UserError(f"records: {len(records)} batches are fewer than the {splits} of one step")
+    if cache is not None:
+        cache.fill(records.source, processor, recipe.workers)
     bounds = [records.longest]
     validation: list[tuple[Batch, dict]] = []
+    asked: list[Asked] = []
     if wanted.validation:
         held = shared(
             dataclasses.replace(wanted.batches, packing=True, bad_records="skip"),
             mixture(wanted.validation, None),
             epochs=1,
         )
+        if cache is not None:
+            cache.fill(held.source, processor, recipe.workers)
         bounds.append(held.longest)
         for number in range(min(len(held), recipe.evaluate_batches)):
             placed = placement.batches({name: value[None] for name, value in held[number].items()})
             validation.append(({}, jax.tree.map(lambda x: x[0], placed)))
+        usable = np.flatnonzero(held.tokens)
+        wished = recipe.evaluate_samples if wanted.template == "chat" else 0  # a base model is not to be asked
+        apart = usable[:: max(len(usable) // max(wished, 1), 1)]  # of all files
+        asked = record_questions(map(held.source.__getitem__, apart.tolist()), processor, wished)
 
     count = len(records) // splits
 
@@ -124,9 +151,10 @@ def _records(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: 
             for _ in range(first, stop):
                 yield _stack([next(made) for _ in range(splits)])
 
-    notes = [f"left out: {reason}" for reason in records.skipped[:5]]
-    if len(records.skipped) > len(notes):
-        notes.append(f"left out: {len(records.skipped) - len(notes)} more records")
+    skipped = records.skipped
+    notes = [f"left out: {reason}" for reason in skipped[:5]]
+    if len(skipped) > len(notes):
+        notes.append(f"left out: {len(skipped) - len(notes)} more records")
     if records.cut:
         notes.append(f"cut: {records.cut} records lose text beyond {wanted.batches.max_length} tokens")
     return RunData(
@@ -136,7 +164,11 @@ def _records(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: 
         partial(record_hidden, longest=max(bounds)),
         lambda step: [place for i in range(splits) for place in records.where((step - 1) * splits + i)],
         notes,
-        lambda: from_step(0, -(-records.plan.shown(count * splits) // splits)),
+        once=lambda: from_step(0, -(-records.plan.shown(count * splits) // splits)),
+        done=lambda step: records.before(step * splits),
+        processor=processor,
+        asked=asked,
+        left_out=[*skipped, *records.shortened],
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from qwenvl_jax.sharding import along_batch, batch_shards
 from qwenvl_jax.training.evaluation import evaluate
 
 Batch = dict[str, jax.Array]
@@ -29,26 +30,28 @@ def target_log_probs(model, hidden: jax.Array, positions: jax.Array, targets: ja
     """The log-probability of every target, float32 [B, K], 0 where there is none; logits of all never exist at once.
 
     hidden [B, T, D]; positions int [B, K]: the token whose hidden state predicts each target; targets int [B, K], -100
-    where there is none. Logits are made for `chunk` targets at a time and made again in the backward pass.
+    where there is none. Logits are made for `chunk` targets at a time, of all rows alike, and made again in the
+    backward pass; on a mesh each device makes so many.
     """
-    picked = jnp.take_along_axis(hidden, positions[..., None], axis=1).reshape(-1, hidden.shape[-1])
-    wanted = targets.reshape(-1)
-    count = wanted.shape[0]
-    chunk = min(chunk, count)
-    padding = -count % chunk
-    picked = jnp.pad(picked, ((0, padding), (0, 0))).reshape(-1, chunk, picked.shape[-1])
-    wanted = jnp.pad(wanted, (0, padding), constant_values=-100).reshape(-1, chunk)
+    rows, most = targets.shape
+    width = min(most, max(1, chunk * batch_shards() // rows))
+    padding = -most % width
+
+    def parts(x, fill):
+        """[B, K, ...] -> [chunks, B, width, ...]."""
+        padded = jnp.pad(x, ((0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)), constant_values=fill)
+        return jnp.moveaxis(padded.reshape(rows, -1, width, *x.shape[2:]), 1, 0)
 
     def of_chunk(hidden, targets):
-        log_p = jax.nn.log_softmax(model.logits(hidden))
-        log_p = jnp.take_along_axis(log_p, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
+        log_p = jax.nn.log_softmax(along_batch(model.logits(along_batch(hidden))))
+        log_p = jnp.take_along_axis(log_p, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
         return jnp.where(targets >= 0, log_p, 0.0)
 
-    if len(picked) == 1:
-        found = of_chunk(picked[0], wanted[0])
-    else:
-        found = jax.lax.map(lambda x: jax.checkpoint(of_chunk)(*x), (picked, wanted)).reshape(-1)
-    return found[:count].reshape(targets.shape)
+    picked = parts(jnp.take_along_axis(hidden, positions[..., None], axis=1), 0), parts(targets, -100)
+    if len(picked[0]) == 1:
+        return of_chunk(*(x[0] for x in picked))
+    found = jax.lax.map(lambda x: jax.checkpoint(of_chunk)(*x), picked)  # [chunks, B, width]
+    return jnp.moveaxis(found, 0, 1).reshape(rows, -1)[:, :most]
 
 
 def next_token_loss(model, hidden: jax.Array, positions: jax.Array, targets: jax.Array, *, chunk: int = 4096):

@@ -260,7 +260,7 @@ def test_training_on_answers_only():
     prompt, labels = processor.training(messages, answers_only=True)
     check(prompt, RED)
     learnt = tokenizer.decode(labels[labels != -100])
-    assert learnt == "one<|im_end|>\ntwo<ref>x</ref><box>(0,0),(500,500)</box><|im_end|>\n"
+    assert learnt == "one<|im_end|>two<ref>x</ref><box>(0,0),(500,500)</box><|im_end|>"
     np.testing.assert_array_equal(labels[labels != -100], prompt.input_ids[labels != -100])
     everything = processor.training(messages)[1]
     assert ((everything != -100) >= (labels != -100)).all()
