@@ -39,6 +39,9 @@ GIB = 2**30
 LITTLE_EFFORT: dict[str, Any] = {"exec_time_optimization_effort": -1.0}
 
 
+PAIRS = 8  # of answers in a row of a preference run; they weigh next to nothing
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What one device holds, in bytes, and how that is known."""
@@ -124,8 +127,15 @@ def record_batch(recipe: Recipe, config: QwenVLConfig, placement: Placement, pic
     wanted, rows, size = recipe.records.batches, placement.batch_size, config.visual.image_size
     names = ("ids", "slots", "positions", "group", "target_positions", "targets")
     shapes = {name: jax.ShapeDtypeStruct((rows, wanted.max_length), np.int32) for name in names}
+    if recipe.dpo is not None:
+        shapes |= {name: shapes["ids"] for name in ("branch", "target_answer")}
+        shapes["record"] = jax.ShapeDtypeStruct((rows, PAIRS), np.int32)
+        shapes["reference"] = jax.ShapeDtypeStruct((rows, PAIRS, 2), np.float32)
     slots = math.ceil(pictures) * rows if wanted.pictures is None else wanted.pictures
-    if slots:
+    if slots and recipe.records.cache_features:
+        features = (slots, config.visual.n_queries, config.visual.output_dim)
+        shapes["features"] = jax.ShapeDtypeStruct(features, np.dtype(recipe.dtype))
+    elif slots:
         shapes["pixels"] = jax.ShapeDtypeStruct((slots, 3, size, size), np.float32)
     return shapes
 

@@ -28,6 +28,7 @@ from qwenvl_jax.training.plan import (
     report,
 )
 from qwenvl_jax.training.planned_devices import PlanRecipe, topology
+from qwenvl_jax.training.preference import DpoRecipe
 from qwenvl_jax.training.recipe import Recipe, RecordsRecipe, parse_plan
 
 ROOT = Path(__file__).parents[2]
@@ -133,6 +134,15 @@ def test_a_recipe_without_a_start_draws_its_batch(tmp_path):
     _, (state, _, batch) = abstract_step(Recipe(batch_size=4, accumulate=2), jax.devices()[:1], 1)
     assert batch["pixels"].shape == (2, 2, 3, 96, 96)
     assert state.params["model.embedding.table"].shape == (1024, 128)
+
+
+def test_preference_runs_and_cached_features_have_batches_of_their_own(tmp_path):
+    records = RecordsRecipe(batches=BatchRecipe(max_length=LENGTH), cache_features=True)
+    start = folder(tmp_path / "model", 1)
+    for changes, name in (({"dpo": DpoRecipe()}, "reference"), ({"records": records}, "features")):
+        step, arguments = abstract_step(recipe(start, lora=ADAPTER, **changes), jax.devices()[:1], 1)
+        assert name in arguments[2]
+        step.lower(*arguments)  # the step reads all of it, and nothing else
 
 
 def test_the_verdict_and_what_would_help():
