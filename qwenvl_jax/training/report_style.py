@@ -27,7 +27,8 @@ figure, article { margin: 0; padding: 12px; background: var(--card); border-radi
 figcaption { font-weight: 600; margin-bottom: 6px; }
 figure > svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--soft); font-size: 12px; } svg .grid { stroke: var(--rule); stroke-width: 1; }
-svg polyline { fill: none; stroke-width: 2; stroke-linejoin: round; } svg :is(polyline, line).dashed { stroke-dasharray: 5 4; }
+svg polyline { fill: none; stroke-width: 2; stroke-linejoin: round; }
+svg :is(polyline, line).dashed { stroke-dasharray: 5 4; }
 .swatch line { stroke-width: 3; } .swatch { width: 24px; height: 8px; margin-right: 6px; }
 .c0 { stroke: var(--c0); } .c1 { stroke: var(--c1); } .c2 { stroke: var(--c2); }
 .c3 { stroke: var(--c3); } .c4 { stroke: var(--c4); } .c5 { stroke: var(--c5); }

@@ -26,6 +26,8 @@ if __name__ == "__main__":
     mesh = MeshRecipe("fsdp" if int(sys.argv[2]) > 1 else "single")
     adamw = OptimizerRecipe(learning_rate=0.003)  # compiles sooner than Muon
     plain = dataclasses.replace(small(sys.argv[1]), auxiliary=None, optimizer=adamw)
+    samples = int(int(sys.argv[2]) > 2)
+    plain = dataclasses.replace(plain, evaluate_every=6, evaluate_samples=samples)
     train(dataclasses.replace(plain, batch_size=8, mesh=mesh, hosts=hosts))
 """
 
@@ -39,14 +41,17 @@ def start(script: Path, output: Path, devices: int, *where: str) -> subprocess.P
     )
 
 
-def finish(*processes: subprocess.Popen) -> None:
+def finish(*processes: subprocess.Popen) -> list[str]:
+    """What each of them said."""
+    said = []
     try:
         for process in processes:
-            said = process.communicate(timeout=300)[0]
-            assert process.returncode == 0, said
+            said.append(process.communicate(timeout=300)[0])
+            assert process.returncode == 0, said[-1]
     finally:
         for process in processes:
             process.kill()
+    return said
 
 
 def losses(output: Path) -> list[float]:
@@ -67,10 +72,14 @@ def test_two_processes_train_as_one(one_process, tmp_path):
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     script = tmp_path / "script.py"
-    finish(*(start(script, tmp_path / "run", 4, address, str(index)) for index in range(2)))
+    said = finish(*(start(script, tmp_path / "run", 4, address, str(index)) for index in range(2)))
     assert losses(tmp_path / "run") == pytest.approx(losses(one_process), rel=1e-5)
     assert (tmp_path / "run" / "model-6" / "model.safetensors").exists()
     assert (tmp_path / "run" / "hosts" / "1" / "log.jsonl").exists()
+    assert (one_process / "samples" / "6" / "samples.jsonl").exists()  # answered on a mesh, but not by several hosts
+    assert [text.count("no samples are answered") for text in said] == [1, 0]
+    reports = [path.relative_to(tmp_path) for path in tmp_path.rglob("report.html")]
+    assert reports == [Path("run/report.html")]
 
 
 @pytest.mark.parametrize("devices", [2, 1])
