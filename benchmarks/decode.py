@@ -13,19 +13,17 @@ import datetime
 import importlib.resources
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
 
-import jax
 import numpy as np
 import tyro
+from common import described, machine, their_settings
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
@@ -41,7 +39,7 @@ from qwenvl_jax.training.recipe import NewModel
 
 try:
     import torch
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import Qwen2_5_VLForConditionalGeneration
 except ImportError as error:
     sys.exit(f"benchmarks/decode.py: {error}; run it in the environment that `make parity` makes")
 
@@ -91,37 +89,9 @@ def theirs(config: QwenVLConfig, prompt_tokens: int) -> tuple[Callable[[int], ob
     """
     visual = config.visual
     side = 2 * visual.query_grid  # patches per side; four make one token
-    text = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_attention_heads,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "mrope_section": _sections(config.kv_channels),
-        },
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    vision = {
-        "depth": visual.layers,
-        "hidden_size": visual.width,
-        "num_heads": visual.heads,
-        "intermediate_size": visual.mlp_width,
-        "patch_size": visual.patch_size,
-        "window_size": 8 * visual.patch_size,
-        "fullatt_block_indexes": [visual.layers - 1],
-        "out_hidden_size": config.hidden_size,
-    }
-    start = visual.image_start_id
-    ids_of_pictures = {"vision_start_token_id": start, "vision_end_token_id": start + 1, "image_token_id": start + 2}
-    settings = Qwen2_5_VLConfig(text_config=text, vision_config=vision, video_token_id=0, **ids_of_pictures)
     torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(settings).eval()
+    model = Qwen2_5_VLForConditionalGeneration(their_settings(config)).eval()
+    start = visual.image_start_id
     ids = torch.randint(1, start, (1, prompt_tokens))
     ids[0, 10], ids[0, 11 + visual.n_queries] = start, start + 1
     ids[0, 11 : 11 + visual.n_queries] = start + 2
@@ -140,12 +110,6 @@ def theirs(config: QwenVLConfig, prompt_tokens: int) -> tuple[Callable[[int], ob
 
     parameters = sum(p.numel() for p in [*model.model.language_model.parameters(), *model.lm_head.parameters()])
     return reply, parameters
-
-
-def _sections(head_dim: int) -> list[int]:
-    """Frequencies for time, rows and columns, in about the shares of the released model: 16, 24 and 24 of 64."""
-    space = head_dim * 3 // 16
-    return [head_dim // 2 - 2 * space, space, space]
 
 
 def seconds(reply: Callable[[int], object], tokens: int) -> float:
@@ -224,7 +188,7 @@ def measure(options: Options) -> dict:
     speed = max(read_speed(read, threads) for threads in {1, os.cpu_count() or 1})
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
+        "machine": machine(("jax", "jaxlib", "flax", "torch", "transformers", "numpy")),
         "shape": config.to_hf(),
         "language_model_parameters": parameters,
         "prompt_tokens": prompt_tokens,
@@ -240,21 +204,6 @@ def measure(options: Options) -> dict:
     }
 
 
-def machine() -> dict:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    packages = ("jax", "jaxlib", "flax", "torch", "transformers", "numpy")
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "jax_device": jax.devices()[0].device_kind,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": {package: metadata.version(package) for package in packages},
-    }
-
-
 def show(result: dict, console: Console) -> None:
     table = Table(title="Decoding, batch size 1, float32, greedy")
     for heading in ("", "ms per token", "spread", "tokens per second", "first token, ms"):
@@ -267,7 +216,7 @@ def show(result: dict, console: Console) -> None:
     limit = result["limit_seconds_per_token"]
     table.add_row("reading the weights alone", f"{1e3 * limit:.3f}", "", f"{1 / limit:,.0f}", "")
     console.print(table)
-    pairs, here = result["times_as_fast_by_repetition"], result["machine"]
+    pairs = result["times_as_fast_by_repetition"]
     megabytes, gigabytes = result["bytes_read_per_token"] / 1e6, result["bytes_per_second"] / 1e9
     reached = limit / statistics.median(result["seconds_per_token"]["qwenvl_jax"])
     console.print(
@@ -276,8 +225,7 @@ def show(result: dict, console: Console) -> None:
         f"language model: {result['language_model_parameters']:,} parameters; prompt {result['prompt_tokens']} tokens, "
         f"one picture; reply {result['reply_tokens']} tokens\n"
         f"limit: {megabytes:.1f} MB per token at {gigabytes:.1f} GB/s; {reached:.0%} of it reached\n"
-        f"{here['processor']}, {here['cores']} cores, {here['system']}, Python {here['python']}, "
-        + ", ".join(f"{package} {version}" for package, version in here["versions"].items())
+        + described(result["machine"])
     )
 
 

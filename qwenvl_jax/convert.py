@@ -1,6 +1,6 @@
 """`qwenvl-convert`: a checkpoint folder in another format or dtype, or with an adapter merged in.
 
-All the work is in `checkpoints/`.
+All the work is in `checkpoints/`, and in `training/export.py` for the checkpoints of a run.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def convert(
         model = huggingface.load_model(folder, dtype=dtype, stacked=is_stack, quantize=quantize)
         if merge_adapter is not None:
             model = merge_adapters(load_adapter(model, merge_adapter))
-        WRITERS[format](model, destination, **small_files(folder))
+        WRITERS[format](model, destination, **small_files(folder, merge_adapter))
     leaves = param_paths(model).values()
     table = Table("", "", show_header=False)
     table.add_row("from", str(folder))
@@ -73,6 +73,17 @@ def convert(
     return table
 
 
+def _convert_run(given: argparse.Namespace) -> int:
+    """A checkpoint of a training run, of which the parameters alone are read."""
+    if given.format != "safetensors" or given.quantize or given.merge_adapter:
+        raise UserError(f"{given.source}: a run's checkpoint; convert it without other options first, then the result")
+    from qwenvl_jax.training.export import export_checkpoint  # the trainer is for this source alone
+
+    export_checkpoint(given.source, given.destination, given.dtype)
+    print(f"{given.source} written to {given.destination}")
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 0, or 2 for a mistake of the user's, explained in one line."""
     parser = argparse.ArgumentParser(prog="qwenvl-convert", description="A checkpoint in another form.")
@@ -88,6 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(arguments)
     try:
+        source = Path(given.source).absolute()
+        if source.name.isdigit() and (source.parent.parent / "recipe.yaml").is_file():
+            return _convert_run(given)
         table = convert(
             given.source,
             given.destination,

@@ -300,7 +300,9 @@ def load(
     if adapter is not None:
         model = load_adapter(model, os.fspath(adapter), mesh=mesh)
     try:
-        return VLM(model, processor, small_files(folder)["generation_config"])
+        return VLM(
+            model, processor, small_files(folder, None if adapter is None else os.fspath(adapter))["generation_config"]
+        )
     except UserError as error:
         raise UserError(f"{folder / GENERATION_CONFIG}: {error}") from None
 

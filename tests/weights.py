@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from qwenvl_jax.checkpoints.huggingface import checkpoint_tensors
-from qwenvl_jax.checkpoints.tensor_files import FolderTensors
+from qwenvl_jax.checkpoints.tensor_files import FolderTensors, SafetensorsFile, write_safetensors
 from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.sharding import param_paths
 
@@ -26,9 +26,57 @@ def assert_same(model, other):
         np.testing.assert_array_equal(bits(leaf), bits(right[path]), err_msg=path)
 
 
-def folder_tensors(folder: Path) -> dict[str, np.ndarray]:
-    files = FolderTensors(folder)
+def folder_tensors(folder: Path, file: str | None = None) -> dict[str, np.ndarray]:
+    """All tensors of a checkpoint folder, or of one file in it."""
+    files = FolderTensors(folder) if file is None else SafetensorsFile(folder / file)
     return {name: files.read(name) for name in files.names()}
+
+
+def language_folder(source: Path, folder: Path, dtype: np.dtype | None = None) -> Path:
+    """The language model of a Qwen-VL folder, as a base model of its own: no `visual`, raw text."""
+    folder.mkdir(exist_ok=True)
+    tensors = {name: value for name, value in folder_tensors(source).items() if ".visual." not in name}
+    tensors = {name: value.astype(dtype or value.dtype) for name, value in tensors.items()}
+    described = {name: (value.shape, value.dtype) for name, value in tensors.items()}
+    write_safetensors(folder / "model.safetensors", described, tensors.values())
+    config = json.loads((source / "config.json").read_text())
+    del config["visual"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "qwen.tiktoken").write_bytes((source / "qwen.tiktoken").read_bytes())
+    (folder / "generation_config.json").write_text(json.dumps({"chat_format": "raw"}))
+    return folder
+
+
+def openclip_folder(folder: Path, vision: dict, claims: dict | None = None) -> Path:
+    """A folder as OpenCLIP saves one: random weights of this `vision_cfg`, float32; `claims` change what it says."""
+    folder.mkdir(exist_ok=True)
+    width, patch, hidden = vision["width"], vision["patch_size"], int(vision["width"] * vision["mlp_ratio"])
+    shapes: dict[str, tuple[int, ...]] = {
+        "class_embedding": (width,),
+        "positional_embedding": (257, width),
+        "proj": (width, 32),
+        "conv1.weight": (width, 3, patch, patch),
+        **{f"{norm}.{kind}": (width,) for norm in ("ln_pre", "ln_post") for kind in ("weight", "bias")},
+    }
+    for layer in range(vision["layers"]):
+        block = f"transformer.resblocks.{layer}"
+        shapes |= {f"{block}.{norm}.{kind}": (width,) for norm in ("ln_1", "ln_2") for kind in ("weight", "bias")}
+        shapes |= {f"{block}.attn.in_proj_weight": (3 * width, width), f"{block}.attn.in_proj_bias": (3 * width,)}
+        for name, size in (
+            ("attn.out_proj", (width, width)),
+            ("mlp.c_fc", (hidden, width)),
+            ("mlp.c_proj", (width, hidden)),
+        ):
+            shapes |= {f"{block}.{name}.weight": size, f"{block}.{name}.bias": size[:1]}
+    shapes = {f"visual.{name}": shape for name, shape in shapes.items()}
+    shapes |= {"logit_scale": (), "transformer.resblocks.0.ln_1.weight": (32,), "text_projection": (32, 32)}
+    rng = np.random.default_rng(0)
+    tensors = {name: 0.2 * rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    described = {name: (shape, np.dtype(np.float32)) for name, shape in shapes.items()}
+    write_safetensors(folder / "open_clip_model.safetensors", described, map(np.asarray, tensors.values()))
+    stated = {"model_cfg": {"embed_dim": 32, "vision_cfg": vision | (claims or {}), "text_cfg": {"width": 32}}}
+    (folder / "open_clip_config.json").write_text(json.dumps(stated))
+    return folder
 
 
 def zeros_checkpoint(folder: Path) -> tuple[int, int]:

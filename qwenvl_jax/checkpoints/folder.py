@@ -93,9 +93,14 @@ def read_config(folder: Path) -> QwenVLConfig:
         raise UserError(f"{folder}: {error}") from None
 
 
-def small_files(folder: Path) -> SmallFiles:
-    """Vocabulary, tokenizer and generation settings of a checkpoint folder."""
+def small_files(folder: Path, adapter: str | Path | None = None) -> SmallFiles:
+    """Vocabulary, tokenizer and generation settings of a checkpoint folder.
+
+    The generation settings in the folder of an `adapter` come first: one may have taught a base model to chat.
+    """
     vocabulary, tokenizer, generation = (folder / name for name in (VOCABULARY, TOKENIZER_CONFIG, GENERATION_CONFIG))
+    if adapter is not None and (Path(adapter).expanduser() / GENERATION_CONFIG).is_file():
+        generation = Path(adapter).expanduser() / GENERATION_CONFIG
     return {
         "tokenizer_file": vocabulary if vocabulary.is_file() else None,
         "tokenizer_config": read_json(tokenizer) if tokenizer.is_file() else None,

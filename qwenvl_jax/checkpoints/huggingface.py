@@ -28,7 +28,7 @@ from qwenvl_jax.checkpoints.folder import (
     write_small_files,
 )
 from qwenvl_jax.checkpoints.qwen_vl import Tensor, is_harmless_extra, tensors
-from qwenvl_jax.checkpoints.tensor_files import FolderTensors, some, write_safetensors
+from qwenvl_jax.checkpoints.tensor_files import FolderTensors, NamedTensors, some, write_safetensors
 from qwenvl_jax.config import QwenVLConfig, UserError
 from qwenvl_jax.models.quantised import quantised_linears
 from qwenvl_jax.models.qwen_vl import QwenVL, unstack
@@ -36,6 +36,7 @@ from qwenvl_jax.sharding import ShardingRules, param_paths, param_shardings, spl
 
 FLOATS = ("float32", "bfloat16", "float16")
 FLOATS_IN = (*FLOATS, "float64")  # of tensors that are read
+SHARD_BYTES = 5_000_000_000  # of a weight file, unless one tensor is larger
 ORBAX = "orbax"  # the subfolder of a checkpoint whose weights are in Orbax's format
 
 
@@ -60,7 +61,7 @@ def checkpoint_tensors(config: QwenVLConfig) -> list[Tensor]:
 
 
 def check_tensors(
-    wanted: list[Tensor], files: FolderTensors, integers: Mapping[str, tuple[tuple[int, ...], np.dtype]] | None = None
+    wanted: list[Tensor], files: NamedTensors, integers: Mapping[str, tuple[tuple[int, ...], np.dtype]] | None = None
 ) -> None:
     """Raises UserError listing what is missing, unexpected, misshapen or not of its type.
 
@@ -165,7 +166,7 @@ def load_parameters(
     return {path: parameter(path) for path in paths}
 
 
-def target_dtype(files: FolderTensors, parts: list[Tensor], dtype: str | None) -> np.dtype:
+def target_dtype(files: NamedTensors, parts: list[Tensor], dtype: str | None) -> np.dtype:
     """What the parameter is to be: `dtype`, else as stored, and the wider one where the layers of a stack differ."""
     if dtype is not None:
         return np.dtype(dtype)
@@ -173,7 +174,7 @@ def target_dtype(files: FolderTensors, parts: list[Tensor], dtype: str | None) -
     return np.dtype(jnp.result_type(*(np.float32 if found == np.float64 else found for found in stored)))
 
 
-def read_as(files: FolderTensors, part: Tensor, dtype: np.dtype) -> np.ndarray:
+def read_as(files: NamedTensors, part: Tensor, dtype: np.dtype) -> np.ndarray:
     """One tensor in the parameter's dtype and shape, transposed as a view: the copy to the device is faster at it."""
     value = files.read(part.name)
     if value.dtype != dtype:
@@ -236,7 +237,7 @@ def save_model(
     tokenizer_file: str | Path | None = None,
     tokenizer_config: Mapping[str, Any] | None = None,
     generation_config: Mapping[str, Any] | None = None,
-    shard_bytes: int = 5_000_000_000,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a checkpoint folder that `load_model` and the original implementation read, all or nothing.
 
@@ -260,6 +261,16 @@ def save_model(
         tokenizer_config=tokenizer_config,
         generation_config=generation_config,
     )
+    write_folder(folder, (config, described, values), small, shard_bytes)
+
+
+# What a folder will hold: its configuration, shape and dtype of every tensor by name, and the tensors in that order.
+Contents = tuple[QwenVLConfig, dict[str, tuple[tuple[int, ...], np.dtype]], Iterator[np.ndarray]]
+
+
+def write_folder(folder: Path, contents: Contents, small: SmallFiles, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes a folder of these contents, one tensor in memory at a time, all or nothing."""
+    config, described, values = contents
     with new_folder(folder) as new:
         write_small_files(new, config, next(iter(described.values()))[1].name, small)
         shards = _shards(described, shard_bytes)
@@ -273,10 +284,6 @@ def save_model(
             total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in described.values())
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             write_json(new / "model.safetensors.index.json", index)
-
-
-# What a folder will hold: its configuration, shape and dtype of every tensor by name, and the tensors in that order.
-Contents = tuple[QwenVLConfig, dict[str, tuple[tuple[int, ...], np.dtype]], Iterator[np.ndarray]]
 
 
 def _contents(model: QwenVL) -> Contents:

@@ -24,7 +24,7 @@ from qwenvl_jax.checkpoints.adapters import (
     sites,
 )
 from qwenvl_jax.checkpoints.fingerprint import base_fingerprint, same_base
-from qwenvl_jax.checkpoints.folder import check_free, new_folder, write_json
+from qwenvl_jax.checkpoints.folder import GENERATION_CONFIG, check_free, new_folder, write_json
 from qwenvl_jax.checkpoints.huggingface import FLOATS, host_value
 from qwenvl_jax.checkpoints.qwen_vl import Tensor
 from qwenvl_jax.checkpoints.tensor_files import SafetensorsFile, open_tensors, read_json, some, write_safetensors
@@ -91,11 +91,19 @@ def load_adapter(
     return jax.tree.unflatten(jax.tree.structure(adapted), [leaves[path] for path in parameters.leaves])
 
 
-def save_adapter(model: QwenVL, folder: str | Path, recipe: LoraRecipe, *, base: str | Path | None = None) -> None:
+def save_adapter(
+    model: QwenVL,
+    folder: str | Path,
+    recipe: LoraRecipe,
+    *,
+    base: str | Path | None = None,
+    generation_config: Mapping[str, Any] | None = None,
+) -> None:
     """Writes an adapter folder that `load_adapter` and PEFT read, all or nothing.
 
     model: one with the adapters of `recipe` on it. base: name or folder of the base model, for whoever reads the file;
-    the model itself is known by its fingerprint. With several processes all must call this; the first one writes.
+    the model itself is known by its fingerprint. generation_config: where the adapter wants others than its base's, as
+    one does that has taught a base model to chat. With several processes all must call this; the first one writes.
     Raises UserError if `folder` holds something already.
     """
     folder = Path(folder).expanduser()
@@ -112,6 +120,8 @@ def save_adapter(model: QwenVL, folder: str | Path, recipe: LoraRecipe, *, base:
     with new_folder(folder) as new:
         write_safetensors(new / WEIGHTS[0], described, values)
         settings = _settings(recipe, model.config) | {"base_model_name_or_path": None if base is None else str(base)}
+        if generation_config is not None:
+            write_json(new / GENERATION_CONFIG, generation_config)
         write_json(new / SETTINGS, dict(sorted(settings.items())) | {OWN_KEY: {"base_fingerprint": fingerprint}})
 
 

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -74,6 +74,16 @@ class SafetensorsFile:
                 else f"truncated or not a safetensors file ({error}); download it again"
             )
             raise UserError(f"{self.path}: {problem}") from None
+
+
+class NamedTensors(Protocol):
+    """The tensors of a checkpoint, whatever files they come from."""
+
+    folder: Path
+
+    def names(self) -> list[str]: ...
+    def describe(self, name: str) -> tuple[tuple[int, ...], np.dtype]: ...
+    def read(self, name: str) -> np.ndarray: ...
 
 
 def open_tensors(path: Path) -> SafetensorsFile | TorchFile:

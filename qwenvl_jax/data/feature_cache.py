@@ -52,7 +52,7 @@ class FeatureCache:
 
     def fill(self, model: QwenVL, records: Source, processor: Processor, *, workers: int = 0) -> int:
         """Encodes all pictures of the records that are not there yet, and returns how many. Bad records are passed."""
-        encode = jax.jit(lambda model, pixels: model.encode_images(pixels))
+        encode = jax.jit(lambda tower, pixels: tower(pixels))
         waiting: dict[str, np.ndarray] = {}
         done: set[str] = set()
 
@@ -61,7 +61,7 @@ class FeatureCache:
                 paths = list(waiting)[start : start + CHUNK]
                 pixels = _no_pixels(model, CHUNK)
                 pixels[: len(paths)] = [waiting[path] for path in paths]
-                for path, features in zip(paths, np.asarray(encode(model, pixels)), strict=False):
+                for path, features in zip(paths, np.asarray(encode(model.visual, pixels)), strict=False):
                     self.write(Path(path), features)
             done.update(waiting)
             waiting.clear()

@@ -122,7 +122,7 @@ class _Chunks:
 
 
 def _vocabulary_digest(processor: Processor) -> bytes:
-    digest = hashlib.sha256(f"{_VERSION} {processor.tokenizer.n_queries}".encode())
+    digest = hashlib.sha256(f"{_VERSION} {processor.tokenizer.n_queries} {processor.training_form}".encode())
     for token, rank in sorted(processor.tokenizer.ranks.items(), key=lambda item: item[1]):
         digest.update(b"%d %s " % (rank, token))
     return digest.digest()

@@ -21,6 +21,7 @@ from qwenvl_jax.nn.attention import PackedBlocks, PackedRows, attend, attend_pac
 from qwenvl_jax.nn.linear import Embedding, Linear
 from qwenvl_jax.nn.norm import LayerNorm, RMSNorm
 from qwenvl_jax.nn.rope import inverse_frequencies, logn_scale, ntk_alpha, rotary_table, rotate
+from qwenvl_jax.sharding import along_batch
 
 Remat = Literal["none", "layers", "products"]
 
@@ -98,7 +99,7 @@ class VisionTower(nnx.Module):
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """pixels [I, 3, S, S], normalised -> [I, Q, D]."""
-        return self.projection(self.norm_post(self.resampler(self.vit(pixels))))
+        return along_batch(self.projection(self.norm_post(self.resampler(self.vit(pixels)))))
 
 
 class QwenVL(nnx.Module):
@@ -159,7 +160,7 @@ class QwenVL(nnx.Module):
         """
 
         def body(x, layer):
-            return layer(x, context)[0], None
+            return along_batch(layer(along_batch(x), context)[0]), None
 
         if remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[remat])
@@ -189,6 +190,16 @@ def frequencies(config: QwenVLConfig, lengths) -> np.ndarray:
     """
     alphas = [ntk_alpha(int(n), config.seq_length) if config.use_dynamic_ntk else 1 for n in lengths]
     return np.stack([inverse_frequencies(config.rotary_dim, config.rotary_emb_base, alpha) for alpha in alphas])
+
+
+def with_image_size(model: QwenVL, image_size: int) -> QwenVL:
+    """The model for square pictures of another size in pixels, a multiple of the patch size; the weights stay.
+
+    The position tables are interpolated to the new grid of patches, as they are at the size that the model came with.
+    """
+    model.config = model.config.with_image_size(image_size)
+    model.visual.vit.config = model.visual.resampler.config = model.config.visual
+    return model
 
 
 def unstack(model: QwenVL) -> QwenVL:

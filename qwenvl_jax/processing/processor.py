@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -31,11 +31,19 @@ class Processor:
     """Makes prompts for one model.
 
     `load` turns the `image` or `url` of a message part into an RGB picture. The default reads files and data and
-    fetches no URL; a server passes a stricter one, since a part may name any file. Raises UserError when the
-    vocabulary and the configuration do not belong together.
+    fetches no URL; a server passes a stricter one, since a part may name any file. `training_form`: how `training`
+    writes conversations, in ChatML or, for the pre-training of base models, "raw". Raises UserError when the vocabulary
+    and the configuration do not belong together.
     """
 
-    def __init__(self, tokenizer: Tokenizer, config: QwenVLConfig, *, load: Callable[[Any], Image.Image] = load_image):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        config: QwenVLConfig,
+        *,
+        load: Callable[[Any], Image.Image] = load_image,
+        training_form: Literal["chat", "raw"] = "chat",
+    ):
         if tokenizer.image_start_id != config.visual.image_start_id:
             raise UserError(
                 f"the vocabulary places <img> at id {tokenizer.image_start_id}, config.json (visual.image_start_id) at "
@@ -49,6 +57,7 @@ class Processor:
         self.tokenizer = tokenizer
         self.config = config
         self.load = load
+        self.training_form = training_form
 
     @classmethod
     def from_folder(
@@ -90,6 +99,8 @@ class Processor:
     ) -> tuple[Segment, np.ndarray, list[Image.Image]]:
         """What `training` gives, before the pictures are resized: tokens, labels int32 [T] and RGB pictures."""
         read, pictures = read_messages(messages, self.load, last_role="assistant")
+        if self.training_form == "raw":
+            return *self._raw_training(read), pictures
         system, turns = self._split_system(read)
         contents = [("system", system), *((message.role, self._content(message)) for message in turns)]
         newline = template.newline(self.tokenizer)
@@ -98,6 +109,37 @@ class Processor:
         for role, content in contents:
             labels += template.training_labels(self.tokenizer, role, content, answers_only)
         return body, np.array(labels, np.int32), pictures
+
+    def _raw_training(self, read: Sequence[Message]) -> tuple[Segment, np.ndarray]:
+        """Tokens and labels without ChatML: contents one after another, `<|endoftext|>` after each answer.
+
+        Answers and what ends them are learnt (Qwen-VL paper, appendix B).
+        """
+        parts: list[Segment] = []
+        labels: list[int] = []
+        for message in read:
+            part = self._content(message, numbered=False)
+            if message.role == "assistant":
+                part += template.plain([self.tokenizer.eod_id])
+            parts.append(part)
+            labels += part.ids if message.role == "assistant" else [template.IGNORED] * len(part)
+        return _joined(parts), np.array(labels, np.int32)
+
+    def answered_tokens(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Segment, Segment, list[Image.Image]]:
+        """A whole conversation in two parts, before the last answer and that answer with what closes it, and pictures.
+
+        The tokens are those of `training_tokens` in ChatML, but for the last line break. Raises UserError as `chat`.
+        """
+        read, pictures = read_messages(messages, self.load, last_role="assistant")
+        system, turns = self._split_system(read)
+        newline = template.newline(self.tokenizer)
+        blocks = [template.block(self.tokenizer, "system", system), *map(self._block, turns[:-1])]
+        prompt = _joined([block + newline for block in blocks]) + template.header(self.tokenizer, "assistant")
+        return prompt, self._closed(self._content(turns[-1])), pictures
+
+    def answer_tokens(self, text: str) -> Segment:
+        """The tokens of an assistant's text with what closes it, as at the end of `answered_tokens`."""
+        return self._closed(template.segment(self.tokenizer, template.reply_pieces(self.tokenizer, text)))
 
     def raw(self, text: str, images: Sequence[Any] = ()) -> Prompt:
         """A prompt as the developer wrote it, for base models: no template, and every special token in it counts.
@@ -145,7 +187,11 @@ class Processor:
     def _block(self, message: Message) -> Segment:
         return template.block(self.tokenizer, message.role, self._content(message))
 
-    def _content(self, message: Message) -> Segment:
+    def _closed(self, content: Segment) -> Segment:
+        return content + template.plain([self.tokenizer.im_end_id])
+
+    def _content(self, message: Message, numbered: bool = True) -> Segment:
+        """A message's tokens. numbered: pictures as "Picture N:", a span and a line break; else bare spans."""
         pieces: list[Piece] = []
         for part in message.parts:
             match part:
@@ -153,6 +199,8 @@ class Processor:
                     pieces += template.reply_pieces(self.tokenizer, text)
                 case Text(text):
                     pieces.append(text)
+                case Picture(index) if not numbered:
+                    pieces += template.span_pieces(self.tokenizer, index)
                 case Picture(index):
                     pieces += template.picture_pieces(self.tokenizer, index, index + 1)
                 case Ref(label):

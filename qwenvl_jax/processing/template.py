@@ -157,15 +157,17 @@ def training_labels(tokenizer: Tokenizer, role: str, content: Segment, answers_o
     r"""Labels of `block(...) + newline(...)`, unshifted, IGNORED where nothing is learnt.
 
     As in the original's fine-tuning, every role learns `<|im_start|>` and the closing `<|im_end|>\n`, and the
-    assistant its whole content. With `answers_only` only the assistant's content and its closing are learnt.
+    assistant its whole content. With `answers_only` only the assistant's content and its `<|im_end|>` are learnt: what
+    a reply consists of, and nothing after it.
     """
-    closing = [tokenizer.im_end_id, *newline(tokenizer).ids]
+    line_break = newline(tokenizer).ids
+    closing = [tokenizer.im_end_id, *line_break]
     inside = len(header(tokenizer, role)) - 1
     learns_content = role == "assistant"
     middle = content.ids if learns_content else [IGNORED] * len(content)
     if answers_only:
-        closing = closing if learns_content else [IGNORED] * len(closing)
-        return [IGNORED] * (1 + inside) + middle + closing
+        ending = tokenizer.im_end_id if learns_content else IGNORED
+        return [IGNORED] * (1 + inside) + middle + [ending] + [IGNORED] * len(line_break)
     return [tokenizer.im_start_id, *[IGNORED] * inside, *middle, *closing]
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 
 import jax
+from jax.sharding import Mesh
 
 from qwenvl_jax.config import QwenVLConfig, VisionConfig
 from qwenvl_jax.training.parts import part_name
@@ -45,6 +46,13 @@ PEAKS = {
 def peak_flops(device_kind: str) -> float | None:
     """Dense bfloat16 FLOP/s of a device by its `jax.Device.device_kind`; None of one that is not known, a CPU say."""
     return next((peak for name, peak in PEAKS.items() if re.match(rf"{name}(?!\w)", device_kind)), None)
+
+
+def peak_of_run(peak_tflops: float | None, mesh: Mesh) -> float | None:
+    """FLOP/s of all devices of a mesh: as given of one of them, else as known, else None."""
+    known = peak_flops(mesh.devices.flat[0].device_kind)
+    one = known if peak_tflops is None else 1e12 * peak_tflops
+    return None if one is None else one * mesh.size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """Optimizers and schedules, from optax, over parameters named by their path."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Literal
 
 import jax
+import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
@@ -27,6 +29,7 @@ class OptimizerRecipe:
     adam_learning_rate: float | None = None  # muon only; None: learning_rate
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup_steps: int = 0
+    warmup_share: float | None = None  # of all steps, in place of warmup_steps
     decay_share: float = 0.2  # wsd (warm-up, stable, decay): the last share of the steps, in which the rate falls
     final_share: float = 0.0  # learning rate at the end over its peak
     weight_decay: float = 0.1
@@ -38,14 +41,17 @@ class OptimizerRecipe:
     def __post_init__(self):
         if self.learning_rate <= 0:
             raise UserError(f"optimizer.learning_rate is {self.learning_rate}; it must be above 0")
-        for name in ("final_share", "decay_share"):
-            if not 0 <= getattr(self, name) <= 1:
+        for name in ("final_share", "decay_share", "warmup_share"):
+            if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must lie in 0..1")
+        if self.warmup_share is not None and self.warmup_steps:
+            raise UserError("optimizer: warmup_steps and warmup_share say the same; give one of them")
 
 
 def schedule(recipe: OptimizerRecipe, peak: float, steps: int) -> optax.Schedule:
     """Linear warm-up to `peak`, then the recipe's decay until `steps`."""
-    rest, end = max(steps - recipe.warmup_steps, 1), peak * recipe.final_share
+    warm = recipe.warmup_steps if recipe.warmup_share is None else math.ceil(recipe.warmup_share * steps)
+    rest, end = max(steps - warm, 1), peak * recipe.final_share
     falling = max(round(steps * recipe.decay_share), 1)
     decay = {
         "cosine": lambda: optax.cosine_decay_schedule(peak, rest, recipe.final_share),
@@ -53,10 +59,9 @@ def schedule(recipe: OptimizerRecipe, peak: float, steps: int) -> optax.Schedule
         "constant": lambda: optax.constant_schedule(peak),
         "wsd": lambda: optax.linear_schedule(peak, end, falling, transition_begin=max(rest - falling, 0)),
     }[recipe.schedule]()
-    if not recipe.warmup_steps:
+    if not warm:
         return decay
-    warmup = optax.linear_schedule(peak / recipe.warmup_steps, peak, recipe.warmup_steps)
-    return optax.join_schedules([warmup, decay], [recipe.warmup_steps])
+    return optax.join_schedules([optax.linear_schedule(peak / warm, peak, warm), decay], [warm])
 
 
 def matrix_axes(path: str, value: jax.Array) -> MuonDimensionNumbers | None:
@@ -124,14 +129,34 @@ def _own_rates(
     recipe: OptimizerRecipe, params, parts: Parts | None, ratios: Mapping[str, float]
 ) -> list[optax.GradientTransformation]:
     """What scales the updates of parameters with a rate of their own; nothing where there are none."""
+    depth = 1 + max((layer for path, value in params.items() for layer in vit_layers(path, value)), default=0)
 
-    def scale(path: str, value: jax.Array) -> float:
+    def scale(path: str, value: jax.Array) -> float | np.ndarray:
         by_adam = recipe.name == "muon" and matrix_axes(path, value) is None
         usual = (recipe.adam_learning_rate if by_adam else None) or recipe.learning_rate
         own = parts.of(path).learning_rate if parts else None
-        return (own or usual) / usual * ratios.get(path, 1.0)
+        factor = (own or usual) / usual * ratios.get(path, 1.0)
+        layers = vit_layers(path, value)
+        if parts is None or parts.vision.layer_decay == 1 or not len(layers):
+            return factor
+        below_top = depth - layers
+        each = factor * parts.vision.layer_decay**below_top
+        return each.reshape(-1, *(1,) * (value.ndim - 1)).astype(np.float32) if len(each) > 1 else float(each[0])
 
     scales = {path: scale(path, value) for path, value in params.items()}
-    if set(scales.values()) == {1.0}:
+    if all(isinstance(value, float) and value == 1.0 for value in scales.values()):
         return []
     return [optax.stateless(lambda updates, _: {path: u * scales[path] for path, u in updates.items()})]
+
+
+def vit_layers(path: str, value: jax.Array) -> np.ndarray:
+    """The places in the vision transformer of a parameter, or of each layer of a stack: 0 embeds, blocks follow.
+
+    Empty for parameters of anything else.
+    """
+    inside = re.match(r"model\.visual\.vit\.(?:blocks\.(\d+)?)?", path)
+    if inside is None:
+        return np.arange(0)
+    if ".blocks." not in path:
+        return np.arange(1)
+    return np.arange(1, 1 + value.shape[0]) if inside[1] is None else np.array([1 + int(inside[1])])

@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from qwenvl_jax.checkpoints.huggingface import abstract_model
-from qwenvl_jax.config import QwenVLConfig, VisionConfig
-from qwenvl_jax.models.qwen_vl import QwenVL, frequencies, unstack
+from qwenvl_jax.config import QwenVLConfig, UserError, VisionConfig
+from qwenvl_jax.models.qwen_vl import QwenVL, frequencies, unstack, with_image_size
 from qwenvl_jax.nn import cache as kv_cache
 from qwenvl_jax.nn.attention import causal_mask, packed_blocks, packed_mask
 from qwenvl_jax.sharding import param_paths
@@ -255,3 +255,14 @@ def test_the_real_model_has_the_real_size(golden):
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config, stacked=True)))
     assert parameters == 9_656_935_168
     assert parameters == sum(int(np.prod(shape)) for shape in shapes.values())
+
+
+def test_another_image_size_is_another_grid_of_the_same_weights():
+    larger = dataclasses.replace(CONFIG, visual=dataclasses.replace(CONFIG.visual, image_size=32))
+    born = jax.jit(lambda: QwenVL(larger, rngs=nnx.Rngs(0)))()
+    grown = with_image_size(jax.tree.map(jnp.copy, stacked()), 32)
+    pixels = np.random.default_rng(0).normal(size=(1, 3, 32, 32)).astype(np.float32)
+    assert grown.config == larger
+    close(grown.encode_images(pixels), born.encode_images(pixels), 0)
+    with pytest.raises(UserError, match="image_size 30 is not a multiple of patch_size 8"):
+        with_image_size(grown, 30)

@@ -260,11 +260,39 @@ def test_training_on_answers_only():
     prompt, labels = processor.training(messages, answers_only=True)
     check(prompt, RED)
     learnt = tokenizer.decode(labels[labels != -100])
-    assert learnt == "one<|im_end|>\ntwo<ref>x</ref><box>(0,0),(500,500)</box><|im_end|>\n"
+    assert learnt == "one<|im_end|>two<ref>x</ref><box>(0,0),(500,500)</box><|im_end|>"
     np.testing.assert_array_equal(labels[labels != -100], prompt.input_ids[labels != -100])
     everything = processor.training(messages)[1]
     assert ((everything != -100) >= (labels != -100)).all()
     np.testing.assert_array_equal(everything[everything != -100], prompt.input_ids[everything != -100])
+
+
+def test_the_last_answer_is_what_follows_its_header():
+    messages = [user(image(RED), "Hi"), assistant("one"), user("And?"), assistant("<ref>two</ref> <|im_end|>")]
+    prompt, answer, pictures = processor.answered_tokens(messages)
+    whole, labels, _ = processor.training_tokens(messages, answers_only=True)
+    newline = len(tokenizer.encode_ordinary("\n"))
+    assert (prompt + answer).ids == whole.ids[:-newline]
+    assert (prompt + answer).slots == whole.slots[:-newline]
+    assert answer.ids == labels[len(prompt) : -newline].tolist()
+    assert labels[len(prompt) - 1] == -100
+    assert answer.ids.count(tokenizer.im_end_id) == 1
+    assert answer == processor.answer_tokens(messages[-1]["content"])
+    assert pictures == [RED]
+
+
+def test_raw_training_is_bare_text_and_pictures():
+    """What base models are pre-trained on: no ChatML, no numbers of pictures, answers and their end are learnt."""
+    raw = Processor(tokenizer, CONFIG, training_form="raw")
+    messages = [user(image(RED), "Colour: "), assistant("red"), user("Size: "), assistant("small")]
+    prompt, labels = raw.training(messages)
+    check(prompt, RED)
+    span = text_of(prompt)[: text_of(prompt).index("</img>") + len("</img>")]
+    assert text_of(prompt) == span + "Colour: red<|endoftext|>Size: small<|endoftext|>"
+    assert span.startswith("<img>")
+    learnt = tokenizer.decode(labels[labels >= 0])
+    assert learnt == "red<|endoftext|>small<|endoftext|>"
+    np.testing.assert_array_equal(prompt.input_ids[labels >= 0], labels[labels >= 0])
 
 
 def test_training_ends_with_an_answer():

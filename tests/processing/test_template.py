@@ -78,7 +78,7 @@ def test_a_block_and_its_labels():
     learnt = [*content.ids, im_end, newline]
     assert template.training_labels(tokenizer, "assistant", content) == [im_start, *[IGNORED] * inside, *learnt]
     assert template.training_labels(tokenizer, "assistant", content, answers_only=True) == (
-        [IGNORED] * (1 + inside) + learnt
+        [IGNORED] * (1 + inside) + [*content.ids, im_end, IGNORED]  # a reply ends with <|im_end|>
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from qwenvl_jax.config import UserError
 from qwenvl_jax.training.optimizer import OptimizerRecipe, make_optimizer, schedule
-from qwenvl_jax.training.parts import Part, Parts
+from qwenvl_jax.training.parts import Part, Parts, VisionPart
 
 LENGTH, DIM = 2, 16
 # Parameter, its shape, and how to see its update as a batch of [in, out] matrices.
@@ -103,3 +103,42 @@ def test_a_part_with_its_own_rate_moves_by_it():
         moves.append(optimizer.update(grads, optimizer.init(params), params)[0])
     for name, ratio in (("model.layers.up.kernel", 2), ("model.embedding.table", 3)):
         np.testing.assert_allclose(moves[1][name], ratio * moves[0][name], rtol=1e-5)
+
+
+def test_warm_up_as_a_share_of_the_steps():
+    by_share = schedule(OptimizerRecipe(learning_rate=1.0, warmup_share=0.03), 1.0, 250)
+    by_steps = schedule(OptimizerRecipe(learning_rate=1.0, warmup_steps=8), 1.0, 250)  # rounded up
+    assert [float(by_share(step)) for step in (0, 7, 8, 200)] == [float(by_steps(step)) for step in (0, 7, 8, 200)]
+    with pytest.raises(UserError, match="give one of them"):
+        OptimizerRecipe(warmup_steps=3, warmup_share=0.1)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_deeper_layers_of_the_vision_transformer_move_less(stacked):
+    """Two blocks: the rate falls by the factor with every layer below the top, the embedding's once more."""
+    blocks = {"model.visual.vit.blocks.up.kernel": jnp.ones((2, 8, 8))}
+    if not stacked:
+        blocks = {f"model.visual.vit.blocks.{i}.up.kernel": jnp.ones((8, 8)) for i in range(2)}
+    params = blocks | {
+        "model.visual.vit.positions": jnp.ones((4, 8)),
+        "model.visual.projection.kernel": jnp.ones((8, 8)),
+        "model.layers.0.up.kernel": jnp.ones((8, 8)),
+    }
+    grads = {name: jnp.ones_like(value) for name, value in params.items()}
+    recipe = OptimizerRecipe("adamw", 0.1, schedule="constant", weight_decay=0.0)
+    moves = []
+    for vision in (VisionPart(), VisionPart(layer_decay=0.5)):
+        optimizer = make_optimizer(recipe, params, 10, Parts(vision=vision))
+        moves.append(optimizer.update(grads, optimizer.init(params), params)[0])
+    ratios = {name: np.asarray(moves[1][name] / moves[0][name]) for name in params}
+    of_blocks = [r for name, value in ratios.items() if "blocks" in name for r in (value if stacked else [value])]
+    for ratio, expected in zip(of_blocks, (0.25, 0.5), strict=True):
+        np.testing.assert_allclose(ratio, expected, rtol=1e-6)
+    np.testing.assert_allclose(ratios["model.visual.vit.positions"], 0.125, rtol=1e-6)
+    np.testing.assert_allclose(ratios["model.visual.projection.kernel"], 1)
+    np.testing.assert_allclose(ratios["model.layers.0.up.kernel"], 1)
+
+
+def test_a_layer_decay_out_of_range_is_refused():
+    with pytest.raises(UserError, match=r"parts\.vision\.layer_decay is 1\.5"):
+        VisionPart(layer_decay=1.5)

@@ -1,5 +1,10 @@
-"""Training over two real processes: the losses of one process with as many devices; resumed on fewer devices."""
+"""Training over two real processes: the losses of one process with as many devices; resumed on fewer devices.
 
+On records of which three in four are text alone: batches have pictures on one process only, or none, and no step may
+wait for a picture that another process has.
+"""
+
+import dataclasses
 import json
 import os
 import shutil
@@ -10,32 +15,63 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-RUN = """
-import dataclasses, sys
-sys.path.insert(0, {folder!r})
-import jax
-jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
-from test_run import small
+from qwenvl_jax.data.record_batches import BatchRecipe
 from qwenvl_jax.training.hosts import HostsRecipe
 from qwenvl_jax.training.optimizer import OptimizerRecipe
 from qwenvl_jax.training.placement import MeshRecipe
+from qwenvl_jax.training.recipe import Recipe, RecordsRecipe
+
+ROOT = Path(__file__).parents[2]
+PICTURE = ROOT / "qwenvl_jax" / "assets" / "pictures" / "word.png"
+RUN = """
+import sys
+sys.path.insert(0, {folder!r})
+import jax
+jax.config.update("jax_num_cpu_devices", int(sys.argv[3]))
+from pathlib import Path
+from test_processes import mixed
+from test_run import small
 from qwenvl_jax.training.run import train
 if __name__ == "__main__":
-    hosts = HostsRecipe(coordinator=sys.argv[3], count=2, index=int(sys.argv[4])) if sys.argv[3:] else HostsRecipe()
-    mesh = MeshRecipe("fsdp" if int(sys.argv[2]) > 1 else "single")
-    adamw = OptimizerRecipe(learning_rate=0.003)  # compiles sooner than Muon
-    plain = dataclasses.replace(small(sys.argv[1]), auxiliary=None, optimizer=adamw)
-    samples = int(int(sys.argv[2]) > 2)
-    plain = dataclasses.replace(plain, evaluate_every=6, evaluate_samples=samples)
-    train(dataclasses.replace(plain, batch_size=8, mesh=mesh, hosts=hosts))
+    train(mixed(small(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]))
 """
 
 
-def start(script: Path, output: Path, devices: int, *where: str) -> subprocess.Popen:
+def mixed(small: Recipe, file: Path, devices: int, hosts: list[str]) -> Recipe:
+    """The small run on the records of the file, on a mesh; hosts: address and index of this process, or nothing."""
+    batches = BatchRecipe(max_length=96, packing=False)
+    found = HostsRecipe(coordinator=hosts[0], count=2, index=int(hosts[1])) if hosts else HostsRecipe()
+    return dataclasses.replace(
+        small,
+        auxiliary=None,
+        optimizer=OptimizerRecipe(learning_rate=0.003),  # compiles sooner than Muon
+        records=RecordsRecipe(files=(str(file),), validation=(str(file),), epochs=1, batches=batches),
+        batch_size=8,
+        evaluate_every=6,
+        evaluate_samples=int(devices > 2),
+        mesh=MeshRecipe("fsdp" if devices > 1 else "single"),
+        hosts=found,
+    )
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> Path:
+    """Six batches of records, a quarter of them with a picture."""
+
+    def row(number: int) -> dict:
+        pictures = [{"type": "image", "image": str(PICTURE)}] if number % 4 == 0 else []
+        asked = {"role": "user", "content": [*pictures, {"type": "text", "text": f"Say {number}."}]}
+        return {"messages": [asked, {"role": "assistant", "content": str(number)}]}
+
+    file = tmp_path_factory.mktemp("records") / "mixed.jsonl"
+    file.write_text("".join(json.dumps(row(number)) + "\n" for number in range(48)))
+    return file
+
+
+def start(script: Path, output: Path, records: Path, devices: int, *where: str) -> subprocess.Popen:
     script.write_text(RUN.format(folder=str(Path(__file__).parent)))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(script), str(output), str(devices), *where]
+    command = [sys.executable, script, output, records, str(devices), *where]
     return subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -60,19 +96,19 @@ def losses(output: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory) -> Path:
+def one_process(tmp_path_factory, records) -> Path:
     """A run of one process with eight devices."""
     folder = tmp_path_factory.mktemp("one")
-    finish(start(folder / "script.py", folder / "run", 8))
+    finish(start(folder / "script.py", folder / "run", records, 8))
     return folder / "run"
 
 
-def test_two_processes_train_as_one(one_process, tmp_path):
+def test_two_processes_train_as_one(one_process, records, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     script = tmp_path / "script.py"
-    said = finish(*(start(script, tmp_path / "run", 4, address, str(index)) for index in range(2)))
+    said = finish(*(start(script, tmp_path / "run", records, 4, address, str(index)) for index in range(2)))
     assert losses(tmp_path / "run") == pytest.approx(losses(one_process), rel=1e-5)
     assert (tmp_path / "run" / "model-6" / "model.safetensors").exists()
     assert (tmp_path / "run" / "hosts" / "1" / "log.jsonl").exists()
@@ -83,10 +119,10 @@ def test_two_processes_train_as_one(one_process, tmp_path):
 
 
 @pytest.mark.parametrize("devices", [2, 1])
-def test_a_run_goes_on_with_fewer_devices(one_process, tmp_path, devices):
+def test_a_run_goes_on_with_fewer_devices(one_process, records, tmp_path, devices):
     run = tmp_path / "run"
     shutil.copytree(one_process, run)
     for later in ("checkpoints/6", "model-6"):  # as if it had ended after its fourth step
         shutil.rmtree(run / later)
-    finish(start(tmp_path / "script.py", run, devices))
+    finish(start(tmp_path / "script.py", run, records, devices))
     assert losses(run) == pytest.approx(losses(one_process), rel=1e-5)

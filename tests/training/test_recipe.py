@@ -62,6 +62,12 @@ def test_overrides_on_the_command_line():
     assert (recipe.optimizer.learning_rate, recipe.data.seed, recipe.auxiliary.weight) == (0.5, 3, 4)
 
 
+def test_steps_on_the_command_line_are_in_place_of_epochs():
+    recipes = [parse_arguments([str(ROOT / "configs/lora.yaml"), *flags]) for flags in ([], ["--steps", "30"])]
+    assert [recipe.records.epochs for recipe in recipes if recipe.records] == [5, None]
+    assert recipes[1].steps == 30
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

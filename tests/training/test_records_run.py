@@ -40,7 +40,8 @@ def test_an_adapter_beside_quantised_weights_learns(records, tmp_path):
         "configs/lora.yaml", "--start", "tiny", "--quantize", "nf4", "--output", tmp_path / "run",
         "--records.files", records, "--records.batches.max-length", 128, "--records.batches.answers-only",
         "--batch-size", 4, "--accumulate", 2, "--steps", 30, "--log-every", 1, "--dtype", "float32", "--remat", "none",
-        "--lora.rank", 8, "--lora.dropout", 0, "--optimizer.learning-rate", 0.005, "--optimizer.warmup-steps", 5,
+        "--mesh.preset", "single", "--lora.rank", 8, "--lora.dropout", 0, "--optimizer.learning-rate", 0.005,
+        "--optimizer.warmup-share", 0.17,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = losses(tmp_path / "run")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from qwenvl_jax import convert
 from qwenvl_jax.checkpoints.huggingface import load_model
 from qwenvl_jax.config import UserError
 from qwenvl_jax.data.packing import RowShape
 from qwenvl_jax.data.scene_rows import SceneRecipe
+from qwenvl_jax.training import cli
 from qwenvl_jax.training.optimizer import OptimizerRecipe
 from qwenvl_jax.training.recipe import AuxiliaryRecipe, NewModel, Recipe
 from qwenvl_jax.training.run import train
@@ -160,6 +163,33 @@ def test_a_row_of_the_log_says_how_fast_and_how_full(undisturbed):
         assert "mfu" not in row  # of a CPU no peak is known
     assert trained[-1]["seconds_left"] == 0
     assert [row["kind"] for row in rows if row["kind"] in ("start", "end")] == ["start", "end"]
+
+
+def test_a_checkpoint_is_exported_without_the_optimizer(undisturbed, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    shutil.rmtree(run / "checkpoints" / "6" / "optimizer")
+    assert convert.main([str(run / "checkpoints" / "6"), str(tmp_path / "model")]) == 0
+    weights = "model.safetensors"
+    assert (tmp_path / "model" / weights).read_bytes() == (undisturbed / "model-6" / weights).read_bytes()
+    shutil.rmtree(run / "checkpoints" / "6" / "params")
+    assert convert.main([str(run / "checkpoints" / "6"), str(tmp_path / "other")]) == 2
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_damaged_checkpoint_ends_in_one_line(undisturbed, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    files = [path for path in (run / "checkpoints" / "6" / "params").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:1000])
+    monkeypatch.setattr(sys, "argv", ["train.py", str(run / "recipe.yaml"), "--output", str(run)])
+    assert cli.main() == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"train: {run / 'checkpoints' / '6'}: damaged")
+    assert "remove it" in error
+    assert error.count("\n") == 1
+    assert largest.exists()
 
 
 def test_the_loss_falls(undisturbed):
