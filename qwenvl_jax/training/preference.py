@@ -89,4 +89,5 @@ def _evaluate(step: Callable, batches: list[tuple[dict, dict]]) -> dict[str, flo
     """The means over all pairs of `batches` of the loss and what else is logged, by name."""
     examined = [step(placed) for _, placed in batches]
     pairs = sum(float(count) for _, count in examined)
-    return {name: sum(float(sums[name]) for sums, _ in examined) / pairs for name in examined[0][0]}
+    means = {name: sum(float(sums[name]) for sums, _ in examined) / pairs for name in examined[0][0]}
+    return means | {"right/pairs": means["rewards/accuracies"]}  # shown and drawn as shares of answers right are

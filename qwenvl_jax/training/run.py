@@ -81,6 +81,7 @@ def train(recipe: Recipe) -> Path | None:
             log.console.print("no samples are answered: that is for a single host")
         if checkpoints.latest is not None:
             state = checkpoints.load(state)
+            params.clear()  # those of the start, or their memory would be held for the whole run
         first = int(state.step)
         meter.restart()
         for number in range(first + 1, recipe.steps + 1):

@@ -272,7 +272,7 @@ def test_a_run_learns_to_prefer(run):
     assert steps[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert steps[-1]["rewards/accuracies"] == 1
     assert steps[-1]["rewards/margins"] > steps[1]["rewards/margins"] > 0
-    assert held["rewards/accuracies"] == 1
+    assert held["rewards/accuracies"] == held["right/pairs"] == 1
     assert held["loss"] < 0.6
     assert held["rewards/margins"] > 0.1
 
