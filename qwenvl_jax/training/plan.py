@@ -128,7 +128,7 @@ def record_batch(recipe: Recipe, config: QwenVLConfig, placement: Placement, pic
     names = ("ids", "slots", "positions", "group", "target_positions", "targets")
     shapes = {name: jax.ShapeDtypeStruct((rows, wanted.max_length), np.int32) for name in names}
     if recipe.dpo is not None:
-        shapes |= {name: shapes["ids"] for name in ("branch", "target_answer")}
+        shapes |= dict.fromkeys(("branch", "target_answer"), shapes["ids"])
         shapes["record"] = jax.ShapeDtypeStruct((rows, PAIRS), np.int32)
         shapes["reference"] = jax.ShapeDtypeStruct((rows, PAIRS, 2), np.float32)
     slots = math.ceil(pictures) * rows if wanted.pictures is None else wanted.pictures
