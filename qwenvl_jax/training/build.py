@@ -132,6 +132,7 @@ def divide(
         dtype = jnp.float32 if recipe.masters and not is_frozen else recipe.dtype
         if is_frozen and moving is not None:
             dtype = value.dtype
+        placed: Any
         if isinstance(value, jax.ShapeDtypeStruct):
             placed = jax.ShapeDtypeStruct(value.shape, dtype, sharding=shardings[path])
         else:

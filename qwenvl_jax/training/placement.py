@@ -32,10 +32,10 @@ class Placement:
         self.rules = preset_rules(recipe.preset)
         self.batch_size = batch_size
         self.by_batch = batch_sharding(self.mesh, self.rules)
-        self.shards = int(np.prod([self.mesh.shape[axis] for axis in _axes(self.by_batch.spec)]))  # of a batch
-        if batch_size % self.shards:
+        shards = int(np.prod([self.mesh.shape[axis] for axis in _axes(self.by_batch.spec)]))
+        if batch_size % shards:
             raise UserError(
-                f"the {batch_size} sequences of a batch cannot be divided over {self.shards} shards of the mesh; "
+                f"the {batch_size} sequences of a batch cannot be divided over {shards} shards of the mesh; "
                 "batch_size / accumulate must be a multiple of them"
             )
 

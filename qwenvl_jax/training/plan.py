@@ -39,15 +39,19 @@ GIB = 2**30
 LITTLE_EFFORT: dict[str, Any] = {"exec_time_optimization_effort": -1.0}
 
 
+PAIRS = 8  # of answers in a row of a preference run; they weigh next to nothing
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one device holds, in bytes."""
+    """What one device holds, in bytes, and how that is known."""
 
     trained: int
     frozen: int
     optimizer: int
     batch: int
     temporaries: int  # gradients, activations, weights of a layer gathered or widened for its use
+    sequences: int  # computed at once
     compiler: str
 
     @property
@@ -60,13 +64,17 @@ def plan(recipe: Recipe, options: PlanRecipe) -> Plan:
     recipe = _known(recipe)
     devices, compiler = planned_devices(options)
     step, (state, frozen, batch) = abstract_step(recipe, devices, options.pictures)
-    parts = [bytes_on_a_device(tree) for tree in (state.params, frozen, (state.optimizer, state.step), batch)]
+    sequences = batch["ids"].sharding.shard_shape(batch["ids"].shape)[1]
+    arrays = {"trained": state.params, "frozen": frozen, "optimizer": (state.optimizer, state.step), "batch": batch}
+    parts = {name: bytes_on_a_device(tree) for name, tree in arrays.items()}
     try:
         memory = step.lower(state, frozen, batch).compile(compiler_options=LITTLE_EFFORT).memory_analysis()
     except jax.errors.JaxRuntimeError as error:  # the TPU compiler makes no program that does not fit
-        return Plan(*parts, _needed(str(error)) - sum(parts), compiler)
-    needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Plan(*parts, needed + memory.temp_size_in_bytes - sum(parts), compiler)
+        needed = _needed(str(error))
+    else:
+        needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        needed += memory.temp_size_in_bytes
+    return Plan(**parts, temporaries=needed - sum(parts.values()), sequences=sequences, compiler=compiler)
 
 
 def _needed(error: str) -> int:
@@ -84,7 +92,7 @@ def abstract_step(recipe: Recipe, devices: Sequence[jax.Device], pictures: float
     modules, config, vocabulary = abstract_modules(recipe)
     params, frozen, rebuild = divide(modules, recipe, placement)
     optimizer = make_optimizer(recipe.optimizer, params, recipe.steps, recipe.parts, rate_ratios(modules, recipe))
-    start = jax.ShapeDtypeStruct((), jnp.int32, sharding=placement.everywhere)
+    start: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=placement.everywhere)
     state = TrainState(start, params, placement.optimizer_shapes(optimizer, params))
     if recipe.records is None:
         rows = SceneRows(recipe.data, str(vocabulary), config, recipe.steps, placement.batch_size)
@@ -119,8 +127,15 @@ def record_batch(recipe: Recipe, config: QwenVLConfig, placement: Placement, pic
     wanted, rows, size = recipe.records.batches, placement.batch_size, config.visual.image_size
     names = ("ids", "slots", "positions", "group", "target_positions", "targets")
     shapes = {name: jax.ShapeDtypeStruct((rows, wanted.max_length), np.int32) for name in names}
+    if recipe.dpo is not None:
+        shapes |= dict.fromkeys(("branch", "target_answer"), shapes["ids"])
+        shapes["record"] = jax.ShapeDtypeStruct((rows, PAIRS), np.int32)
+        shapes["reference"] = jax.ShapeDtypeStruct((rows, PAIRS, 2), np.float32)
     slots = math.ceil(pictures) * rows if wanted.pictures is None else wanted.pictures
-    if slots:
+    if slots and recipe.records.cache_features:
+        features = (slots, config.visual.n_queries, config.visual.output_dim)
+        shapes["features"] = jax.ShapeDtypeStruct(features, np.dtype(recipe.dtype))
+    elif slots:
         shapes["pixels"] = jax.ShapeDtypeStruct((slots, 3, size, size), np.float32)
     return shapes
 
@@ -155,9 +170,9 @@ def report(recipe: Recipe, options: PlanRecipe, found: Plan) -> tuple[str, bool]
     }
     fits = found.peak <= device.usable * GIB
     verdict = "fits" if fits else f"does not fit: {found.peak / GIB - device.usable:.1f} GiB too much"
-    share = recipe.batch_size // recipe.accumulate / options.devices
+    where = f"{options.devices} x {options.device}, mesh {recipe.mesh.preset}"
     text = [
-        f"{options.devices} x {options.device}, mesh {recipe.mesh.preset}, {share:g} sequences at once on each device",
+        f"{where}, on each device at once {found.sequences} of {recipe.batch_size} sequences",
         *(f"{name:<26}{value / GIB:8.2f} GiB" for name, value in lines.items()),
         f"usable of {device.memory:g} GiB{device.usable:>13.2f} GiB",
         verdict,
@@ -170,13 +185,13 @@ def report(recipe: Recipe, options: PlanRecipe, found: Plan) -> tuple[str, bool]
 def advice(recipe: Recipe, options: PlanRecipe, found: Plan) -> list[str]:
     """Changes of the recipe that lower what it needs most of, as flags."""
     lines = []
-    shards = Placement(recipe.mesh, recipe.batch_size // recipe.accumulate, planned_devices(options)[0]).shards
     if recipe.mesh.preset == "single" and options.devices > 1:
         lines.append("--mesh.preset fsdp, which divides parameters and optimizer over the devices")
     if recipe.remat != "layers":
         lines.append("--remat layers, which keeps of each layer its input alone")
-    if recipe.batch_size // recipe.accumulate > shards:
-        lines.append(f"--accumulate {recipe.batch_size // shards}, one sequence at a time on each device")
+    if found.sequences > 1:
+        fewer = recipe.accumulate * found.sequences
+        lines.append(f"--accumulate {fewer}, one sequence at a time on each device")
     if recipe.dtype == "float32":
         lines.append("--dtype bfloat16, which halves activations and frozen parameters")
     if recipe.lora is None and found.trained + found.optimizer > found.peak / 2:

@@ -34,6 +34,14 @@ HARDWARE = {
     "v5p": Hardware(95.74, tpu="v5p"),
 }
 STAND_IN = "v5p"  # whose compiler answers for GPUs
+# So that libtpu looks for no machine, and leaves one that it is on to those who use it.
+LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +88,8 @@ def planned_devices(options: PlanRecipe) -> tuple[list[jax.Device], str]:
     kind = options.hardware.tpu or STAND_IN
     name = f"{kind}:{'x'.join(map(str, topology(options.devices, 3 if kind == 'v5p' else 2)))}"
     bounds = {"chips_per_host_bounds": (1, 1, 1)} if options.devices < 4 else {}
-    for variable, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost"), ("TPU_WORKER_ID", "0")):
-        os.environ.setdefault(variable, value)  # libtpu looks for a machine otherwise
+    for variable, value in LIBTPU.items():
+        os.environ.setdefault(variable, value)
     found = topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds)
     return list(found.devices), f"the compiler for TPU {kind}" + (
         "" if options.hardware.tpu else ", in place of a GPU's"

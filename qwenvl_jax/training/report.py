@@ -61,7 +61,7 @@ def report(output: Path) -> str:
     recipe = output / "recipe.yaml"
     sections = [
         _head(output, trained, evaluated, runs),
-        _section("Curves", f'<div class="charts">{_charts(trained, evaluated)}</div>'),
+        _section("Curves", _charts(trained, evaluated)),
         _section("Last evaluation", _evaluation(evaluated)),
         _section("Samples", _samples(output / "samples")),
         _section("Records left out or cut", _left_out(runs)),
@@ -125,7 +125,7 @@ def _charts(trained: list[Row], evaluated: list[Row]) -> str:
     found += [line_chart(_words(name), {name: points(trained, name)}) for name in others]
     others = dict.fromkeys(name for name in names if name not in QUIET and not name.startswith("right/"))
     found += [line_chart(f"{_words(name)}, validation", {name: points(evaluated, name)}) for name in others]
-    return "".join(found)
+    return f'<div class="charts">{"".join(found)}</div>' if any(found) else ""
 
 
 def _evaluation(evaluated: list[Row]) -> str:
@@ -202,13 +202,15 @@ def _starts(runs: list[Start]) -> str:
     lines = []
     for run in runs:
         began = datetime.datetime.fromtimestamp(run.first["time"], datetime.UTC)
-        how = " ".join(filter(None, [WORDS[run.how][0], run.message]))
+        how = ": ".join(filter(None, [WORDS[run.how][0], run.message]))
         cells = (f"{began:%Y-%m-%d %H:%M} UTC", f"{run.first['step']:,}", f"{run.last['step']:,}")
         cells += (_duration(run.seconds), run.first["device"], how)
         lines.append("<tr>" + "".join(f"<td>{e(cell)}</td>" for cell in cells) + "</tr>")
     names = ("started", "after step", "last step logged", "time", "devices", "end")
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    return (
+        f'<div class="wide starts"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    )
 
 
 def _versions(runs: list[Start]) -> str:

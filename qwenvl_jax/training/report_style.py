@@ -43,7 +43,8 @@ article dl { flex-direction: column; gap: 8px; margin-top: 8px; } article dd { f
 details { margin-top: 8px; } summary { cursor: pointer; } details ul { padding-left: 20px; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; }
 th, td { text-align: left; padding: 5px 18px 5px 0; border-bottom: 1px solid var(--rule); font-weight: 400; }
-td { font-variant-numeric: tabular-nums; }
+td { font-variant-numeric: tabular-nums; vertical-align: top; }
+.starts td:not(:last-child) { white-space: nowrap; } .starts td:last-child { min-width: 16rem; }
 thead th { color: var(--soft); font-size: 0.85rem; white-space: nowrap; }
 pre { background: var(--card); padding: 12px; border-radius: 10px; overflow-x: auto; font-size: 0.85rem; }
 """

@@ -76,7 +76,7 @@ def train(recipe: Recipe) -> Path | None:
         StopRequest() as stop,
     ):
         for note in data.notes:
-            log.console.print(note)
+            log.console.print(note, soft_wrap=True)
         if len(samples.asked) < len(data.asked):
             log.console.print("no samples are answered: that is for a single host")
         if checkpoints.latest is not None:

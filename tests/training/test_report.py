@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -14,6 +15,7 @@ from PIL import Image
 from qwenvl_jax.training.charts import line_chart, number_text
 from qwenvl_jax.training.log import RunLog
 from qwenvl_jax.training.report import report
+from qwenvl_jax.training.report_style import STYLE
 
 EVIL = '<script>alert("1")</script><img src="https://example.org/x.png">'
 ROW = {
@@ -40,7 +42,8 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
 
     def handle_data(self, data):
-        self.text += data + " "
+        if self.tags[-1:] and self.tags[-1][0] != "style":
+            self.text += data + " "
 
     def of(self, tag: str) -> list[dict]:
         return [attributes for name, attributes in self.tags if name == tag]
@@ -104,10 +107,9 @@ def test_a_killed_run_is_told_from_a_resumed_one(tmp_path):
     run(tmp_path, 9)
     log = tmp_path / "log.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]) + '{"kind": "tra')  # while it wrote
-    assert "no end recorded" in report(tmp_path)
+    assert "<td>no end recorded</td>" in report(tmp_path)
     RunLog(tmp_path, 9, 1, {"model.a": jnp.zeros(3)}, {"model.a"}, []).__exit__(None, None, None)
-    text = Page((tmp_path / "report.html").read_text()).text
-    assert "killed" in text
+    assert re.findall("<td>(killed|stopped)", (tmp_path / "report.html").read_text()) == ["killed", "stopped"]
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [0, 1, 1, 1]
 
 
@@ -146,6 +148,25 @@ def test_a_chart_draws_what_there_is():
     long = line_chart("long", {"a": [(i, float(i)) for i in range(5000)]})
     assert len(long) < 20_000
     assert "step 4,999" in long
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance as WCAG defines it."""
+    parts = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_colours_can_be_told_from_the_ground_in_light_and_dark():
+    """WCAG's contrast for text (4.5) and for lines (3)."""
+    found = re.findall(r"--([\w]+): (#\w{6})", STYLE)
+    half = len(found) // 2
+    for colours in (dict(found[:half]), dict(found[half:])):
+        assert len(colours) == half
+        for name in colours.keys() - {"paper", "card", "rule"}:
+            for ground in ("paper", "card"):
+                low, high = sorted((luminance(colours[name]), luminance(colours[ground])))
+                assert (high + 0.05) / (low + 0.05) > (3 if name.startswith("c") else 4.5), (name, ground)
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_a_killed_run_resumes_bit_for_bit(undisturbed, tmp_path):
     train_until_killed(run, 2, tmp_path / "script.py")
     assert not (run / "model-6").exists()
     assert start(run, tmp_path / "script.py").wait() == 0
-    assert "killed" in (run / "report.html").read_text()
+    assert re.findall("<td>(killed|finished)", (run / "report.html").read_text()) == ["killed", "finished"]
     weights = Path("model-6") / "model.safetensors"
     assert (run / weights).read_bytes() == (undisturbed / weights).read_bytes()
     assert logged(run) == logged(undisturbed)
