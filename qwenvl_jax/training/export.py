@@ -3,7 +3,6 @@
 `python -m qwenvl_jax.convert runs/x/checkpoints/500 DST` calls this; a run writes its last state by itself.
 """
 
-import dataclasses
 from pathlib import Path
 
 import jax
@@ -17,7 +16,7 @@ from qwenvl_jax.training.recipe import read_recipe
 from qwenvl_jax.training.run import export, export_adapter
 
 
-def export_checkpoint(checkpoint: str | Path, destination: str | Path, export_dtype: str | None = None) -> None:
+def export_checkpoint(checkpoint: str | Path, destination: str | Path) -> None:
     """Writes the model of a run's checkpoint as a Hugging Face folder, or its adapter in PEFT's format.
 
     checkpoint: a folder `RUN/checkpoints/STEP`; the recipe beside it names the model that was trained, and must find it
@@ -25,8 +24,6 @@ def export_checkpoint(checkpoint: str | Path, destination: str | Path, export_dt
     """
     checkpoint = Path(checkpoint).absolute()
     recipe = read_recipe(checkpoint.parent.parent / "recipe.yaml")
-    if export_dtype is not None:
-        recipe = dataclasses.replace(recipe, export_dtype=export_dtype)
     placement = Placement(MeshRecipe(), 1)
     modules, _, vocabulary = build_modules(recipe, placement)
     trained, frozen, rebuild = divide(modules, recipe, placement)
