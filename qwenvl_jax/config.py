@@ -120,6 +120,10 @@ class QwenVLConfig:
         """How many of a head's dimensions are rotated."""
         return int(self.kv_channels * self.rotary_pct)
 
+    def with_image_size(self, image_size: int) -> "QwenVLConfig":
+        """The same model for square pictures of another size in pixels, which must be a multiple of the patch size."""
+        return dataclasses.replace(self, visual=dataclasses.replace(self.visual, image_size=image_size))
+
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> "QwenVLConfig":
         """Reads the dictionary of a `config.json`. Raises UserError naming what is missing or contradicts itself."""

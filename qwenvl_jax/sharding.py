@@ -9,9 +9,10 @@ are split and stay so; Megatron: Shoeybi et al. 2019).
 """
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from qwenvl_jax.config import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # over which a batch is split, by every preset: an axis that it lacks has one device
 
 # One mesh axis, several (the first is the outermost), or none: not split.
 MeshAxes = str | tuple[str, ...] | None
@@ -176,3 +178,31 @@ def batch_sharding(mesh: Mesh, rules: ShardingRules | None = None) -> NamedShard
     """The sharding of an array whose first dimension is the batch."""
     rules = DEFAULT_RULES if rules is None else rules
     return NamedSharding(mesh, PartitionSpec(rules.batch))
+
+
+def on_mesh(function: Callable, mesh: Mesh) -> Callable:
+    """`function`, traced so that `along_batch` in it is about this mesh; for jit."""
+
+    @functools.wraps(function)
+    def traced(*args, **kwargs):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return traced
+
+
+def along_batch(x: jax.Array) -> jax.Array:
+    """x [B, ...], held so that each device has its part of the batch with all of the other dimensions.
+
+    Without it the compiler may keep activations as the weights lie, split by D with every sequence on every device, and
+    add up products over devices where it should fetch weights. Outside `on_mesh` it is x.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def batch_shards() -> int:
+    """Into how many parts `along_batch` divides a batch."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)

@@ -114,11 +114,11 @@ def test_the_pins_are_complete_and_fit_the_declared_bounds(lock):
 def test_no_file_names_a_machine_path():
     """The README's commands work elsewhere: no absolute home or work folder in code, docs and recipes."""
     pattern = re.compile(r"(?<![\w.])/(home|root|work|Users)/\w")
-    folders = ("qwenvl_jax", "configs", "docs", "eval", "benchmarks", ".ci", "requirements")
+    folders = ("qwenvl_jax", "configs", "docs", "eval", "examples", "benchmarks", ".ci", "requirements")
     paths = [path for folder in folders for path in (REPOSITORY / folder).rglob("*")] + list(REPOSITORY.glob("*.*"))
     wrong = []
     for path in [*paths, REPOSITORY / "Makefile"]:
-        if path.is_file() and path.suffix in {".py", ".md", ".toml", ".yaml", ".txt", ""}:
+        if path.is_file() and path.suffix in {".py", ".md", ".toml", ".yaml", ".sbatch", ".txt", ""}:
             lines = path.read_text(encoding="utf-8").splitlines()
             wrong += [f"{path.relative_to(REPOSITORY)}:{n}" for n, line in enumerate(lines, 1) if pattern.search(line)]
     assert not wrong

@@ -1,6 +1,7 @@
 """Sharding rules and meshes, and that a model on eight devices computes what it computes on one."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,10 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
+import qwenvl_jax
+from qwenvl_jax.checkpoints.folder import read_config
 from qwenvl_jax.checkpoints.huggingface import abstract_model, load_model
-from qwenvl_jax.config import QwenVLConfig, UserError
+from qwenvl_jax.config import UserError
 from qwenvl_jax.models.qwen_vl import frequencies
 from qwenvl_jax.nn.attention import causal_mask
 from qwenvl_jax.sharding import (
@@ -154,17 +157,7 @@ def test_unknown_axes_are_errors():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_shard_a_full_size_model_without_collision(preset):
-    visual = {"heads": 16, "image_size": 448, "layers": 48, "mlp_ratio": 4.9231, "output_dim": 4096, "patch_size": 14}
-    config = QwenVLConfig.from_hf(
-        {
-            "vocab_size": 151936,
-            "hidden_size": 4096,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "intermediate_size": 22016,
-            "visual": visual | {"width": 1664},
-        }
-    )
+    config = read_config(Path(qwenvl_jax.__file__).parent / "assets" / "known" / "Qwen" / "Qwen-VL-Chat")
     sizes = {"single": (1, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8)}.get(preset, (1, 4, 2))
     mesh = AbstractMesh(sizes, MESH_AXES, axis_types=AUTO)
     model = abstract_model(config, stacked=True)

@@ -44,13 +44,13 @@ def batches(rows: SceneRows, *, first: int, workers: int, splits: int = 1, share
     return iter(_dataset(host, first * size, workers, buffer=size).batch(size, batch_fn=host.collate))
 
 
-def ahead(source, *, first: int, workers: int) -> Generator:
-    """source[first], source[first + 1], ..., in order, each once; without workers, in this process.
+def ahead(source, *, first: int, workers: int, stop: int | None = None) -> Generator:
+    """source[first], source[first + 1], ... up to `stop`, in order, each once; without workers, in this process.
 
     The order is the same for any number of workers.
     """
     if first < len(source):
-        with closing(iter(_dataset(source, first, workers, buffer=1))) as made:
+        with closing(iter(_dataset(source, first, workers, buffer=1, stop=stop))) as made:
             yield from made
 
 
@@ -68,10 +68,10 @@ def closing(made) -> Iterator:
         gc.collect()
 
 
-def _dataset(source, first: int, workers: int, buffer: int):
-    """The elements of `source` from number `first` on; each worker keeps `buffer` in the making and as many made."""
+def _dataset(source, first: int, workers: int, buffer: int, stop: int | None = None):
+    """The elements of `source` from `first` up to `stop`; a worker keeps `buffer` in the making and as many made."""
     if not flags.FLAGS.is_parsed():  # Grain's worker processes read an absl flag that only absl programs parse
         flags.FLAGS.mark_as_parsed()
     reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=buffer)
-    dataset = grain.MapDataset.source(source)[first:].to_iter_dataset(reading)
+    dataset = grain.MapDataset.source(source)[first:stop].to_iter_dataset(reading)
     return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2 * buffer))

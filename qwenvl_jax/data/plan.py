@@ -51,6 +51,12 @@ class Plan:
         ends = self.row_ends[self.batch_ends[number] : self.batch_ends[number + 1] + 1]
         return int(self.lengths[number]), [self.records[a:b] for a, b in itertools.pairwise(ends)]
 
+    def shown(self, batches: int) -> int:
+        """How many batches show all the records that the first `batches` do."""
+        _, first = np.unique(self.records[: self.row_ends[self.batch_ends[batches]]], return_index=True)
+        row = np.searchsorted(self.row_ends, first.max(initial=0), side="right") - 1
+        return int(np.searchsorted(self.batch_ends, row, side="right"))
+
 
 def make_plan(
     passes: Iterable[np.ndarray],

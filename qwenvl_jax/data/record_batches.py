@@ -6,7 +6,7 @@ has. Several processes share each batch: every one makes its own rows and its ow
 
 import dataclasses
 import itertools
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,7 @@ from qwenvl_jax.config import UserError
 from qwenvl_jax.data.feature_cache import FeatureCache
 from qwenvl_jax.data.measure import AllRecords, Measures, measure
 from qwenvl_jax.data.mixture import Mixture
+from qwenvl_jax.data.pairs import measure_pairs, pair_tokens
 from qwenvl_jax.data.pipeline import ahead
 from qwenvl_jax.data.plan import BatchShape, make_plan, picture_slots
 from qwenvl_jax.processing.images import preprocess
@@ -51,7 +52,8 @@ class RecordBatches:
 
     mixture: the records and their order; rows: of a batch, over all processes; process: which of `processes` this is;
     measures: where they are known already, else `workers` processes make them, and the file `cache` remembers them;
-    features: where those of all pictures are cached, batches hold them in place of the pixels.
+    features: where those of all pictures are cached, batches hold them in place of the pixels; pairs: whether a record
+    is a chosen and a rejected answer (`pairs.py`), which is never cut, and left out where it is too long.
     `len()` is the number of batches; `longest`, the most tokens of a record, is static for `nn.attention.PackedRows`;
     `skipped` says of each record left out why, and `cut` counts those that lose text. Raises UserError when records are
     bad (unless told to skip them), none is left, or rows or picture slots do not divide among the processes.
@@ -72,13 +74,17 @@ class RecordBatches:
         features: FeatureCache | None = None,
         cache: Path | None = None,
         workers: int = 0,
+        pairs: bool = False,
     ):
-        self.recipe, self.processor, self.features = recipe, processor, features
+        recipe = dataclasses.replace(recipe, too_long="skip") if pairs else recipe
+        self.recipe, self.processor, self.features, self.pairs = recipe, processor, features, pairs
         self.source = AllRecords(mixture.sources)
         if (steps is None) == (epochs is None):
             raise UserError("give either steps or epochs")
         self.process, self.processes = process, processes
-        measures = measures or measure(self.source, processor, cache=cache, workers=workers)
+        measures = measures or (measure_pairs if pairs else measure)(
+            self.source, processor, cache=cache, workers=workers
+        )
         if measures.problems and recipe.bad_records == "stop":
             raise UserError(_bad_records(measures.problems))
         self.measured, self.pictures = measures.tokens, measures.pictures
@@ -110,6 +116,7 @@ class RecordBatches:
             seed=mixture.seed,
             batches=steps,
         )
+        self.row_records = int(np.diff(self.plan.row_ends).max())  # the most records of a row
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -120,6 +127,17 @@ class RecordBatches:
         return [
             reason if bad else f"{self.source[i].where}: {reason}" for i, (bad, reason) in sorted(self._reasons.items())
         ]
+
+    @property
+    def shortened(self) -> Iterator[str]:
+        """Of each record that loses text, its place and how much."""
+        for index in np.flatnonzero((self.tokens > 0) & (self.measured > self.tokens)).tolist():
+            lost = self.measured[index] - self.tokens[index]
+            yield f"{self.source[index].where}: loses {lost} of {self.measured[index]} tokens"
+
+    def before(self, number: int) -> int:
+        """How many records the first `number` batches have, over all processes."""
+        return int(self.plan.row_ends[self.plan.batch_ends[number]])
 
     def counts(self, number: int) -> dict[str, float]:
         """Of batch `number`, over all processes: records, pictures, tokens, and the shares of padding of both."""
@@ -146,10 +164,17 @@ class RecordBatches:
         trained tokens of a row, then IGNORED; and target_positions, of the token that predicts each. float32 [I, 3, S,
         S]: pixels, zeros in slots without a picture; absent where no record has one. Where features are cached, they
         take their place as features [I, Q, D], in the model's dtype.
+
+        Pairs also have branch int32 [B, T] (`nn.attention.PackedRows`); target_answer int32 [B, T], the answer that a
+        target is of, 2 m for the chosen one of the row's record m = 0, 1, ... and 2 m + 1 for the rejected one; and
+        record int32 [B, M], the index of record m, -1 where a row has fewer.
         """
         length, rows = self.plan[number]
         own_rows, own_pictures = self._share(self.shape.rows), self._share(self.shape.pictures)
         batch = _empty_rows(len(own_rows), length)
+        if self.pairs:
+            batch |= {name: np.zeros_like(batch["ids"]) for name in ("branch", "target_answer")}
+            batch["record"] = np.full((len(own_rows), self.row_records), -1, np.int32)
         shown_as = self._empty_pictures(len(own_pictures))
         seen = 0  # pictures before a record
         for row, records in enumerate(rows):
@@ -160,14 +185,16 @@ class RecordBatches:
                 here = [picture for picture in shown if picture in own_pictures]
                 if row not in own_rows and not here:
                     continue
-                tokens, labels, pictures = self._read(record)
+                tokens, labels, branch, pictures = self._read(record)
                 for picture in here:
                     shown_as[picture - own_pictures.start] = self._see(pictures[picture - shown.start])
                 if row in own_rows:
                     views = {name: batch[name][row - own_rows.start] for name in batch}
                     first_slot = shown.start * self.processor.config.visual.n_queries
-                    trained += _write(views, tokens, labels, group, place, trained, first_slot)
+                    trained += _write(views, tokens, labels, branch, group, place, trained, first_slot)
                     place += len(tokens)
+                    if self.pairs:
+                        views["record"][group - 1] = record
         if self.shape.pictures:
             batch["pixels" if self.features is None else "features"] = shown_as
         return batch
@@ -189,25 +216,32 @@ class RecordBatches:
         size = count // self.processes
         return range(self.process * size, (self.process + 1) * size)
 
-    def _read(self, index: int) -> tuple[Segment, np.ndarray, list[Image.Image]]:
-        """Tokens and labels of a record, cut to the row, and its pictures."""
+    def _read(self, index: int) -> tuple[Segment, np.ndarray, np.ndarray, list[Image.Image]]:
+        """Tokens, labels and branches of a record, cut to the row, and its pictures."""
         record = self.source[index]
         try:
-            tokens, labels, pictures = self.processor.training_tokens(record.messages, self.recipe.answers_only)
+            if self.pairs and record.rejected is not None:
+                tokens, labels, branch, pictures = pair_tokens(record.messages, record.rejected, self.processor)
+            else:
+                tokens, labels, pictures = self.processor.training_tokens(record.messages, self.recipe.answers_only)
+                branch = np.zeros_like(labels)
         except UserError as error:
             raise UserError(f"{record.where}: {error}") from None
         if (len(tokens), len(pictures)) != (self.measured[index], self.pictures[index]):
             raise UserError(f"{record.where}: has changed since the run began; start again from the same records")
         most = self.recipe.max_length
-        return Segment(tokens.ids[:most], tokens.slots[:most]), labels[:most], pictures
+        return Segment(tokens.ids[:most], tokens.slots[:most]), labels[:most], branch[:most], pictures
 
 
-def record_batches(batches: RecordBatches, *, first: int = 0, workers: int = 1) -> Generator[dict[str, np.ndarray]]:
-    """The batches from number `first` on, in order, made ahead by `workers` processes; 0: in this one, when asked for.
+def record_batches(
+    batches: RecordBatches, *, first: int = 0, stop: int | None = None, workers: int = 1
+) -> Generator[dict[str, np.ndarray]]:
+    """The batches from number `first` on, up to `stop`, in order, made ahead by `workers` processes.
 
+    Without workers they are made in this one, when asked for.
     They are the same for any number of workers, so a run resumes with `first` as the number of batches done.
     """
-    return ahead(batches, first=first, workers=workers)
+    return ahead(batches, first=first, stop=stop, workers=workers)
 
 
 def _empty_rows(rows: int, length: int) -> dict[str, np.ndarray]:
@@ -221,6 +255,7 @@ def _write(
     row: dict[str, np.ndarray],
     tokens: Segment,
     labels: np.ndarray,
+    branch: np.ndarray,
     group: int,
     start: int,
     trained: int,
@@ -230,11 +265,15 @@ def _write(
     ids, slots = tokens.arrays()
     place = slice(start, start + len(ids))
     row["ids"][place], row["group"][place] = ids, group
-    row["positions"][place] = np.arange(len(ids))
+    number, own, shared = np.arange(len(ids)), np.searchsorted(branch, branch), int(np.sum(branch == 0))
+    row["positions"][place] = np.where(branch > 0, shared + number - own, number)
     row["slots"][place] = np.where(slots >= 0, slots + first_slot, -1)
     predicted = 1 + np.flatnonzero(labels[1:] != IGNORED)  # nothing stands before a record's first token
+    before = np.where((branch > 0) & (number == own), shared, number) - 1  # each branch begins behind what is shared
     places = slice(trained, trained + len(predicted))
-    row["targets"][places], row["target_positions"][places] = labels[predicted], start + predicted - 1
+    row["targets"][places], row["target_positions"][places] = labels[predicted], start + before[predicted]
+    if "branch" in row:
+        row["branch"][place], row["target_answer"][places] = branch, 2 * (group - 1) + branch[predicted] - 1
     return len(predicted)
 
 

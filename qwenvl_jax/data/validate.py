@@ -31,7 +31,8 @@ _PLACE = re.compile(r"messages\[(\d+)\]\.content")  # how the processor names a 
 
 @dataclasses.dataclass(frozen=True)
 class Examination:
-    """What is known of a record. tokens: its whole length; cut: whether its end was cut off to fit.
+    """What is known of a record. tokens: its whole length; cut: whether its end was cut off to fit; pair: whether it
+    has a rejected answer.
 
     needed: the tokens up to the end of the last picture and to the first token of an answer, whichever is later; cut
     shorter, a record has a picture cut or teaches nothing.
@@ -42,6 +43,7 @@ class Examination:
     pictures: int = 0
     needed: int = 0
     cut: bool = False
+    pair: bool = False
 
 
 def problems(record: Record, processor: Processor, max_length: int | None = None) -> list[Problem]:
@@ -63,15 +65,16 @@ def examine(record: Record, processor: Processor, max_length: int | None = None)
         return Examination([*found, Problem(record.where, "", "nested too deeply", "mend or remove the record")])
     tokens, pictures = len(prompt.input_ids), len(prompt.pixels)
     needed = max(_pictures_end(prompt), int(np.flatnonzero(labels != IGNORED)[0]) + 1)
+    pair = record.rejected is not None
     if found or max_length is None:
-        return Examination(found, tokens, pictures, needed)
+        return Examination(found, tokens, pictures, needed, pair=pair)
     answers = [("", prompt, labels)]
     if record.rejected is not None:
         messages = [*record.messages[:-1], {"role": "assistant", "content": record.rejected}]
         answers.append(("rejected", *processor.training(messages, answers_only=True)))
     for field, whole, targets in answers:
         found += _length_problems(record, field, whole, targets, max_length)
-    return Examination(found, tokens, pictures, needed, cut=tokens > max_length)
+    return Examination(found, tokens, pictures, needed, tokens > max_length, pair)
 
 
 def fit(prompt: Prompt, labels: np.ndarray, max_length: int) -> tuple[Prompt, np.ndarray]:
@@ -115,7 +118,7 @@ def _text_problems(record: Record) -> Iterator[Problem]:
     answers = list(_answers(record))
     if record.rejected is not None:
         answers.append(("rejected", [record.rejected]))
-        if record.rejected == record.messages[-1].get("content"):
+        if record.rejected == "".join(answers[-2][1]):
             yield Problem(record.where, "rejected", "the same as the answer", "give an answer that is worse")
     for field, texts in answers:
         if not "".join(texts).strip():
@@ -197,12 +200,14 @@ class Summary:
     pictures: int = 0
     tokens: int = 0
     longest: int = 0
+    pairs: int = 0
 
     def add(self, seen: Examination) -> None:
         self.records += 1
         self.bad += bool(seen.problems)
         if not seen.problems:
             self.cut += seen.cut
+            self.pairs += seen.pair
             self.pictures += seen.pictures
             self.tokens += seen.tokens
             self.longest = max(self.longest, seen.tokens)
@@ -213,6 +218,8 @@ class Summary:
         table.add_row("records", f"{self.records:,}")
         table.add_row("good", f"{good:,}")
         table.add_row("bad", f"{self.bad:,}")
+        if self.pairs:
+            table.add_row("with a rejected answer", f"{self.pairs:,}")
         table.add_row("pictures in good ones", f"{self.pictures:,}")
         table.add_row("tokens of good ones", f"{self.tokens:,}")
         table.add_row("longest", f"{self.longest:,} tokens")

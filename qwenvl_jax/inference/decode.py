@@ -83,8 +83,8 @@ class Generator:
     def __init__(self, model: QwenVL):
         self.config = model.config
         self.compilations = 0
-        self._leaves, self._structure = jax.tree.flatten(unstack(model))
         self._lock = threading.RLock()
+        self.load(model)
         self._encode = self._program(_encode)
         self._prefill = self._program(_prefill)
         self._decode = self._program(_decode, donate="state")
@@ -94,8 +94,16 @@ class Generator:
         self._flush = self._plain_program(_flush, donate_argnames=("past",), static_argnames=("slots",))
         self._grow = self._plain_program(_flush, static_argnames=("slots",))
 
+    def load(self, model: QwenVL) -> None:
+        """Goes on with the weights of another model of the same shapes and types, by the programs compiled so far."""
+        self._leaves, self._structure = jax.tree.flatten(unstack(model))
+
+    def unload(self) -> None:
+        """Lets go of the weights, for a loop that trains them; `load` brings the next ones."""
+        self._leaves = []
+
     def _program(self, function: Callable, donate: str | None = None) -> Callable:
-        """`function(model, ...)` compiled, with the model's arrays already given.
+        """`function(model, ...)` compiled, to be called with the model's arrays in place of the model.
 
         The model is taken apart once: walking through its modules would cost more than a decode step of a small model.
         """
@@ -103,8 +111,7 @@ class Generator:
         def on_leaves(leaves, *args, **kwargs):
             return function(jax.tree.unflatten(self._structure, leaves), *args, **kwargs)
 
-        compiled = self._plain_program(functools.wraps(function)(on_leaves), donate_argnames=donate)
-        return functools.partial(compiled, self._leaves)
+        return self._plain_program(functools.wraps(function)(on_leaves), donate_argnames=donate)
 
     def _plain_program(self, function: Callable, **options: Any) -> Callable:
         @functools.wraps(function)
@@ -123,7 +130,7 @@ class Generator:
                 part = pixels[start : start + MOST_PICTURES]
                 padded = np.zeros((min(size, MOST_PICTURES), *pixels.shape[1:]), np.float32)
                 padded[: len(part)] = part
-                parts.append(self._encode(padded))
+                parts.append(self._encode(self._leaves, padded))
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
     def batch(self, prompts: Sequence[Prompt], room: int = 0, features: jax.Array | None = None) -> Batch:
@@ -172,7 +179,7 @@ class Generator:
         finished = np.arange(rows) >= len(controls.temperature)
         padded = jax.tree.map(lambda values: _rows(values, rows), controls)
         with self._lock:
-            past, state, in_prompt = self._prefill(*batch, padded, rotary, shift, finished)
+            past, state, in_prompt = self._prefill(self._leaves, *batch, padded, rotary, shift, finished)
         return past, state, Fixed(padded, in_prompt, rotary, shift)
 
     def decode(
@@ -184,7 +191,9 @@ class Generator:
         bool [B]: replies that have ended for a reason the model does not know.
         """
         with self._lock:
-            return self._decode(past, fixed, lengths, np.int32(used), np.int32(used + steps), stopped, state=state)
+            return self._decode(
+                self._leaves, past, fixed, lengths, np.int32(used), np.int32(used + steps), stopped, state=state
+            )
 
     def flush(self, past: Past, state: State, lengths: np.ndarray, slots: int) -> Past:
         """Moves the full recent part behind the first `lengths` slots of the past, which then has `slots` slots."""
@@ -196,12 +205,12 @@ class Generator:
     def logits(self, batch: Batch, valid: np.ndarray, rotary: np.ndarray) -> jax.Array:
         """float32 [B, T, V] of whole sequences; valid bool [B, T] (False: padding); rotary as in `prefill`."""
         with self._lock:
-            return self._logits(*batch, valid, rotary)
+            return self._logits(self._leaves, *batch, valid, rotary)
 
     def score(self, batch: Batch, positions: np.ndarray, targets: np.ndarray) -> jax.Array:
         """float32 [B, K]: log-likelihood of targets int [B, K] as the tokens after positions int [B, K]."""
         with self._lock:
-            return self._score(*batch, frequencies(self.config, batch.lengths), positions, targets)
+            return self._score(self._leaves, *batch, frequencies(self.config, batch.lengths), positions, targets)
 
 
 def _rows(values: np.ndarray, rows: int) -> np.ndarray:

@@ -6,7 +6,6 @@ layers, I images, Q resampler queries. The model is a plain pytree: pass it thro
 as it is. Text, tokenisation and picture files are the processor's business; sampling is inference's.
 """
 
-import dataclasses
 from typing import Literal, NamedTuple
 
 import jax
@@ -22,6 +21,7 @@ from qwenvl_jax.nn.attention import PackedBlocks, PackedRows, attend, attend_pac
 from qwenvl_jax.nn.linear import Embedding, Linear
 from qwenvl_jax.nn.norm import LayerNorm, RMSNorm
 from qwenvl_jax.nn.rope import inverse_frequencies, logn_scale, ntk_alpha, rotary_table, rotate
+from qwenvl_jax.sharding import along_batch
 
 Remat = Literal["none", "layers", "products"]
 
@@ -99,7 +99,7 @@ class VisionTower(nnx.Module):
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """pixels [I, 3, S, S], normalised -> [I, Q, D]."""
-        return self.projection(self.norm_post(self.resampler(self.vit(pixels))))
+        return along_batch(self.projection(self.norm_post(self.resampler(self.vit(pixels)))))
 
 
 class QwenVL(nnx.Module):
@@ -160,7 +160,7 @@ class QwenVL(nnx.Module):
         """
 
         def body(x, layer):
-            return layer(x, context)[0], None
+            return along_batch(layer(along_batch(x), context)[0]), None
 
         if remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[remat])
@@ -197,9 +197,8 @@ def with_image_size(model: QwenVL, image_size: int) -> QwenVL:
 
     The position tables are interpolated to the new grid of patches, as they are at the size that the model came with.
     """
-    visual = dataclasses.replace(model.config.visual, image_size=image_size)
-    model.config = dataclasses.replace(model.config, visual=visual)
-    model.visual.vit.config = model.visual.resampler.config = visual
+    model.config = model.config.with_image_size(image_size)
+    model.visual.vit.config = model.visual.resampler.config = model.config.visual
     return model
 
 

@@ -11,6 +11,7 @@ from qwenvl_jax.models.vit import resize_positions
 from qwenvl_jax.nn.attention import attend
 from qwenvl_jax.nn.linear import Linear, full_precision
 from qwenvl_jax.nn.norm import LayerNorm
+from qwenvl_jax.sharding import along_batch
 
 
 def sincos_positions(dim: int, grid: int) -> np.ndarray:
@@ -67,7 +68,7 @@ class Resampler(nnx.Module):
 
     def __call__(self, patches: jax.Array) -> jax.Array:
         """patches [I, P, W] -> [I, Q, D]. Keys carry positions, values do not."""
-        kv = self.norm_kv(patches if self.kv is None else self.kv(patches))
+        kv = along_batch(self.norm_kv(patches if self.kv is None else self.kv(patches)))
         query = self.norm_query(self.query[...]) + self.positions[...]
-        query = jnp.broadcast_to(query, (patches.shape[0], *query.shape))
-        return self.attention(query, kv + resize_positions(self.positions[...], self.config.grid), kv)
+        query = along_batch(jnp.broadcast_to(query, (patches.shape[0], *query.shape)))
+        return along_batch(self.attention(query, kv + resize_positions(self.positions[...], self.config.grid), kv))

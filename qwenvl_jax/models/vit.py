@@ -15,6 +15,7 @@ from qwenvl_jax.config import VisionConfig
 from qwenvl_jax.nn.attention import attend
 from qwenvl_jax.nn.linear import Linear
 from qwenvl_jax.nn.norm import LayerNorm
+from qwenvl_jax.sharding import along_batch
 
 
 def bicubic_weights(source: int, target: int) -> np.ndarray:
@@ -101,6 +102,6 @@ class Vit(nnx.Module):
         """pixels [I, 3, S, S], normalised -> [I, P, W]."""
 
         def body(x, block):
-            return block(x), None
+            return along_batch(block(x)), None
 
-        return jax.lax.scan(body, self.embed(pixels), self.blocks)[0]
+        return jax.lax.scan(body, along_batch(self.embed(pixels)), self.blocks)[0]

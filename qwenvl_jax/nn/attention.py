@@ -139,16 +139,18 @@ def attend_packed(q: jax.Array, k: jax.Array, v: jax.Array, mask: PackedBlocks) 
     return jnp.concatenate([head, rest.reshape(q.shape[0], -1, *q.shape[2:])], axis=1)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("group",), meta_fields=("longest",))
+@partial(jax.tree_util.register_dataclass, data_fields=("group", "branch"), meta_fields=("longest",))
 @dataclasses.dataclass(frozen=True)
 class PackedRows:
     """Rows of whole documents one after another: each token sees the earlier ones of its own document, and itself.
 
-    `packed_mask(group, zeros)` says the same as an array. `longest` is static: attention looks no further back.
+    A document with branches is what they share and then the branches, which do not see each other. `packed_mask(group,
+    branch)` says the same as an array. `longest` is static: attention looks no further back.
     """
 
     group: jax.Array  # int [B, T]: a document's tokens share a number above 0 and are adjacent; 0 for padding
-    longest: int  # tokens; no document of any row has more
+    longest: int  # tokens; no document of any row has more, its branches included
+    branch: jax.Array | None = None  # int [B, T]: 0 for what is shared, else which branch; None: nothing branches
 
 
 def attend_rows(q: jax.Array, k: jax.Array, v: jax.Array, rows: PackedRows) -> jax.Array:
@@ -160,19 +162,24 @@ def attend_rows(q: jax.Array, k: jax.Array, v: jax.Array, rows: PackedRows) -> j
     length = q.shape[1]
 
     def block(q, k, v, queries, keys):
-        ahead = keys.shape[1] - queries.shape[1]  # keys before the first query
-        causal = jnp.tril(jnp.ones((queries.shape[1], keys.shape[1]), bool), ahead)
-        return _attend(q, k, v, causal & (queries[:, :, None] == keys[:, None, :]) & (keys[:, None, :] > 0))
+        (group, branch), (key_group, key_branch) = queries, keys
+        ahead = k.shape[1] - q.shape[1]  # keys before the first query
+        causal = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool), ahead)
+        mask = causal & (group[:, :, None] == key_group[:, None, :]) & (key_group[:, None, :] > 0)
+        if branch is not None:
+            mask &= (key_branch[:, None, :] == 0) | (branch[:, :, None] == key_branch[:, None, :])
+        return _attend(q, k, v, mask)
 
+    labels = rows.group, rows.branch
     least, most = ROW_BLOCKS
     width = min(max(least, length // 8), most)
     if length <= width:
-        return block(q, k, v, rows.group, rows.group)
+        return block(q, k, v, labels, labels)
     mixed = []
     for start in range(0, length, width):
         own = slice(start, min(start + width, length))
         seen = slice(max(0, start + 1 - rows.longest), own.stop)
         # A block's scores are computed again in the backward pass instead of kept for it.
-        parts = (q[:, own], k[:, seen], v[:, seen], rows.group[:, own], rows.group[:, seen])
-        mixed.append(jax.checkpoint(block)(*parts))
+        queries, keys = (jax.tree.map(lambda x, part=part: x[:, part], labels) for part in (own, seen))
+        mixed.append(jax.checkpoint(block)(q[:, own], k[:, seen], v[:, seen], queries, keys))
     return jnp.concatenate(mixed, axis=1)

@@ -34,6 +34,8 @@ COLOURS = (
 )
 _SMALLEST_FONT = 8  # below this no glyph can be read
 
+Plate = tuple[int, int, int, int]  # left, top, right, bottom of a drawn label, all within it
+
 _NUMBER = r"\s*([0-9]{1,4}(?:\.[0-9]+)?)\s*"
 _CORNERS = re.compile(rf"\s*\({_NUMBER},{_NUMBER}\)\s*,\s*\({_NUMBER},{_NUMBER}\)\s*")
 _POINT = re.compile(rf"\({_NUMBER},{_NUMBER}\)")
@@ -161,8 +163,8 @@ def draw(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
     """A copy of the RGB `image` with `boxes` and their labels drawn on it.
 
     Boxes with the same label share a colour, one without a label gets its own; the colours depend on nothing but the
-    order. Lines and letters grow with the picture, and label plates stay inside it: a label too long for the picture
-    ends in "…". Boxes that reach outside are clipped.
+    order. Lines and letters grow with the picture. Label plates stay inside it, and off each other where they can; a
+    label too long for the picture ends in "…". Boxes that reach outside are clipped.
     """
     drawn = image.convert("RGB")
     canvas = ImageDraw.Draw(drawn)
@@ -174,33 +176,47 @@ def draw(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
         xs = sorted(min(max(x, 0), width - 1) for x in (box.x1, box.x2))
         ys = sorted(min(max(y, 0), height - 1) for y in (box.y1, box.y2))
         canvas.rectangle((xs[0], ys[0], xs[1], ys[1]), outline=colour, width=line)
+    plates: list[Plate] = []
     for box, colour in zip(boxes, colours, strict=True):  # labels last: no line crosses them
         if box.label:
-            _draw_label(canvas, drawn.size, box.label, (box.x1, box.y1), colour, max(12, round(scale / 30)))
+            _draw_label(canvas, drawn.size, box, colour, max(12, round(scale / 30)), plates)
     return drawn
 
 
 def _draw_label(
-    canvas: ImageDraw.ImageDraw, size: tuple[int, int], label: str, corner: tuple[int, int], colour: str, font_size: int
+    canvas: ImageDraw.ImageDraw, size: tuple[int, int], box: Box, colour: str, font_size: int, plates: list[Plate]
 ) -> None:
-    """A filled plate with the label above a box's top left corner, or inside the box when there is no room above."""
+    """A filled plate with the label above a box's top left corner, or inside the box when there is no room above.
+
+    Where another of the `plates` is, it goes below the box if it can. Adds its own plate to them.
+    """
     width, height = size
     font_size = min(font_size, int(height / 1.6))
     if font_size < _SMALLEST_FONT:
         return
     label_font = font(font_size)
     padding = font_size // 5
-    text = _fitting(label, label_font, width - 2 * padding)
+    text = _fitting(box.label or "", label_font, width - 2 * padding)
     if not text:
         return
     ascent, descent = label_font.getmetrics()
     plate_width = math.ceil(label_font.getlength(text)) + 2 * padding
     plate_height = min(ascent + descent, height)
-    left = min(max(corner[0], 0), width - plate_width)
-    top = corner[1] - plate_height if corner[1] >= plate_height else corner[1]
-    top = min(max(top, 0), height - plate_height)
-    canvas.rectangle((left, top, left + plate_width - 1, top + plate_height - 1), fill=colour)
-    canvas.text((left + padding, top), text, font=label_font, fill=_readable_on(colour))
+    left = min(max(box.x1, 0), width - plate_width)
+
+    def plate(top: int) -> Plate:
+        top = min(max(top, 0), height - plate_height)
+        return left, top, left + plate_width - 1, top + plate_height - 1
+
+    wanted = plate(box.y1 - plate_height if box.y1 >= plate_height else box.y1)
+    place = next((p for p in (wanted, plate(box.y2 + 1)) if not any(_overlap(p, other) for other in plates)), wanted)
+    plates.append(place)
+    canvas.rectangle(place, fill=colour)
+    canvas.text((place[0] + padding, place[1]), text, font=label_font, fill=_readable_on(colour))
+
+
+def _overlap(first: Plate, second: Plate) -> bool:
+    return all(first[i] <= second[i + 2] and second[i] <= first[i + 2] for i in (0, 1))
 
 
 @functools.lru_cache(maxsize=32)

@@ -125,6 +125,22 @@ class Processor:
             labels += part.ids if message.role == "assistant" else [template.IGNORED] * len(part)
         return _joined(parts), np.array(labels, np.int32)
 
+    def answered_tokens(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Segment, Segment, list[Image.Image]]:
+        """A whole conversation in two parts, before the last answer and that answer with what closes it, and pictures.
+
+        The tokens are those of `training_tokens` in ChatML, but for the last line break. Raises UserError as `chat`.
+        """
+        read, pictures = read_messages(messages, self.load, last_role="assistant")
+        system, turns = self._split_system(read)
+        newline = template.newline(self.tokenizer)
+        blocks = [template.block(self.tokenizer, "system", system), *map(self._block, turns[:-1])]
+        prompt = _joined([block + newline for block in blocks]) + template.header(self.tokenizer, "assistant")
+        return prompt, self._closed(self._content(turns[-1])), pictures
+
+    def answer_tokens(self, text: str) -> Segment:
+        """The tokens of an assistant's text with what closes it, as at the end of `answered_tokens`."""
+        return self._closed(template.segment(self.tokenizer, template.reply_pieces(self.tokenizer, text)))
+
     def raw(self, text: str, images: Sequence[Any] = ()) -> Prompt:
         """A prompt as the developer wrote it, for base models: no template, and every special token in it counts.
 
@@ -170,6 +186,9 @@ class Processor:
 
     def _block(self, message: Message) -> Segment:
         return template.block(self.tokenizer, message.role, self._content(message))
+
+    def _closed(self, content: Segment) -> Segment:
+        return content + template.plain([self.tokenizer.im_end_id])
 
     def _content(self, message: Message, numbered: bool = True) -> Segment:
         """A message's tokens. numbered: pictures as "Picture N:", a span and a line break; else bare spans."""

@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from qwenvl_jax.checkpoints.adapters import add_adapters, learning_rate_ratios, trainable_paths
 from qwenvl_jax.checkpoints.folder import VOCABULARY, locate, read_config, small_files
@@ -18,29 +20,26 @@ from qwenvl_jax.models.quantised import quantised_linears
 from qwenvl_jax.models.qwen_vl import QwenVL, unstack, with_image_size
 from qwenvl_jax.nn.lora import LoraRecipe
 from qwenvl_jax.processing.tokenizer import Tokenizer
+from qwenvl_jax.sharding import on_mesh
 from qwenvl_jax.training.auxiliary import CellHead, CellTargets, start_local
+from qwenvl_jax.training.loss import NEXT_TOKEN, Objective
 from qwenvl_jax.training.placement import Placement
+from qwenvl_jax.training.preference import preference_objective
 from qwenvl_jax.training.recipe import Recipe
-from qwenvl_jax.training.step import Parameters, named_parameters
+from qwenvl_jax.training.step import Parameters, make_train_step, named_parameters
 
 FEW_LAYERS = 8  # run faster one by one; a deeper stack is scanned, or compiling takes minutes
 
 
 def build_modules(recipe: Recipe, placement: Placement) -> tuple[dict[str, nnx.Module], QwenVLConfig, Path]:
     """The modules to train ({"model", and "auxiliary" if wanted}), the configuration and the vocabulary file."""
+    config, vocabulary = configuration(recipe)
     if recipe.start is None:
-        shipped = importlib.resources.files("qwenvl_jax") / "assets" / "tiny" / VOCABULARY
-        vocabulary = Path(recipe.new_model.vocabulary or str(shipped))
-        tokenizer = Tokenizer.from_file(vocabulary, recipe.new_model.n_queries)
-        config = recipe.new_model.config(tokenizer.image_start_id)
-        if tokenizer.n_vocab > config.vocab_size:
-            raise UserError(f"{vocabulary} needs new_model.vocab_size of at least {tokenizer.n_vocab}")
         model = QwenVL(config, rngs=nnx.Rngs(recipe.seed))
         if recipe.new_model.start_local:
             start_local(model)
     else:
         folder = locate(recipe.start)
-        config, vocabulary = read_config(folder), folder / VOCABULARY
         dtype = None if recipe.lora is None else recipe.dtype  # without, `divide` decides for each parameter
         model = load_model(
             folder,
@@ -52,18 +51,41 @@ def build_modules(recipe: Recipe, placement: Placement) -> tuple[dict[str, nnx.M
         )
         if recipe.image_size is not None:
             model = with_image_size(model, recipe.image_size)
-            config = model.config
-        if quantised_linears(model) and recipe.lora is None:
-            raise UserError(f"{folder}: quantised weights cannot be trained; add lora, or start from float ones")
-    if config.num_hidden_layers <= FEW_LAYERS:
+    return completed(model, recipe), config, vocabulary
+
+
+def configuration(recipe: Recipe) -> tuple[QwenVLConfig, Path]:
+    """The model's configuration and its vocabulary file, without its weights."""
+    if recipe.start is not None:
+        folder = locate(recipe.start)
+        config = read_config(folder)
+        return config if recipe.image_size is None else config.with_image_size(recipe.image_size), folder / VOCABULARY
+    shipped = importlib.resources.files("qwenvl_jax") / "assets" / "tiny" / VOCABULARY
+    vocabulary = Path(recipe.new_model.vocabulary or str(shipped))
+    tokenizer = Tokenizer.from_file(vocabulary, recipe.new_model.n_queries)
+    config = recipe.new_model.config(tokenizer.image_start_id)
+    if tokenizer.n_vocab > config.vocab_size:
+        raise UserError(f"{vocabulary} needs new_model.vocab_size of at least {tokenizer.n_vocab}")
+    return config, vocabulary
+
+
+def completed(model: QwenVL, recipe: Recipe) -> dict[str, nnx.Module]:
+    """The modules to train from a bare model with stacked layers: in the form it is trained in, adapted, with a head.
+
+    Raises UserError for quantised weights without an adapter.
+    """
+    if quantised_linears(model) and recipe.lora is None:
+        raise UserError(f"{recipe.start}: quantised weights cannot be trained; add lora, or start from float ones")
+    if model.config.num_hidden_layers <= FEW_LAYERS:
         model = unstack(model)
     if recipe.lora is not None:
         model = add_adapters(model, lora_recipe(recipe), nnx.Rngs(recipe.seed))
     modules: dict[str, nnx.Module] = {"model": model}
     if recipe.auxiliary is not None:
         targets = CellTargets(*(1 + len(names) for names in (COLORS, SHAPES, SIZES, GLYPHS)))
-        modules["auxiliary"] = CellHead(config.visual, targets, cells=recipe.data.cells, rngs=nnx.Rngs(recipe.seed + 1))
-    return modules, config, vocabulary
+        visual, cells = model.config.visual, recipe.data.cells
+        modules["auxiliary"] = CellHead(visual, targets, cells=cells, rngs=nnx.Rngs(recipe.seed + 1))
+    return modules
 
 
 def _model(modules: dict[str, nnx.Module]) -> QwenVL:
@@ -95,7 +117,7 @@ def divide(
     """The trained parameters and the frozen ones, by path, placed, and the function that makes modules of both.
 
     Trained ones are in float32 if the recipe wants masters, else in its dtype, as frozen ones are; those under an
-    adapter stay as they were loaded. Raises UserError if all are frozen.
+    adapter stay as they were loaded. Modules of shapes give shapes. Raises UserError if all are frozen.
     """
     moving = None
     if recipe.lora is not None:
@@ -107,9 +129,15 @@ def divide(
     for path in list(params):
         value = params.pop(path)
         is_frozen = recipe.parts.of(path).freeze or (moving is not None and path not in moving)
-        if not (is_frozen and moving is not None):
-            value = value.astype(jnp.float32 if recipe.masters and not is_frozen else recipe.dtype)
-        (frozen if is_frozen else trained)[path] = jax.device_put(value, shardings[path])
+        dtype = jnp.float32 if recipe.masters and not is_frozen else recipe.dtype
+        if is_frozen and moving is not None:
+            dtype = value.dtype
+        placed: Any
+        if isinstance(value, jax.ShapeDtypeStruct):
+            placed = jax.ShapeDtypeStruct(value.shape, dtype, sharding=shardings[path])
+        else:
+            placed = jax.device_put(value.astype(dtype), shardings[path])
+        (frozen if is_frozen else trained)[path] = placed
     if not any(path.startswith("model.") for path in trained):
         raise UserError("parts: everything is frozen; there is nothing to train")
     return trained, frozen, rebuild
@@ -121,6 +149,39 @@ def rate_ratios(modules: dict[str, nnx.Module], recipe: Recipe) -> dict[str, flo
         return {}
     ratios = learning_rate_ratios(_model(modules), lora_recipe(recipe))
     return {f"model.{path}": ratio for path, ratio in ratios.items() if ratio != 1}
+
+
+def build_step(
+    recipe: Recipe,
+    mesh: Mesh,
+    rebuild,
+    optimizer: optax.GradientTransformation,
+    forward: Callable,
+    *,
+    vision_only: bool = False,
+):
+    """The compiled step of a run, see `make_train_step`; the state is donated.
+
+    forward: the forward pass for the rows that the run has. vision_only: the step of its first stage.
+    """
+    dropout = jax.random.key(recipe.seed) if recipe.lora is not None and recipe.lora.dropout > 0 else None
+    step = make_train_step(
+        rebuild,
+        optimizer,
+        auxiliary_schedule(recipe),
+        dtype=recipe.dtype if recipe.dtype != "float32" else None,
+        remat=recipe.remat,
+        vision_only=vision_only,
+        hidden_of=forward,
+        dropout=dropout,
+        objective=objective_of(recipe),
+    )
+    return jax.jit(on_mesh(step, mesh), donate_argnums=0)
+
+
+def objective_of(recipe: Recipe) -> Objective:
+    """What the steps make smaller: the loss of the next token, or of preferences."""
+    return NEXT_TOKEN if recipe.dpo is None else preference_objective(recipe.dpo)
 
 
 def auxiliary_schedule(recipe: Recipe) -> Callable[[jax.Array], jax.Array]:

@@ -22,6 +22,7 @@ from qwenvl_jax.training.features import PictureCache
 from qwenvl_jax.training.placement import Placement
 from qwenvl_jax.training.recipe import Recipe
 from qwenvl_jax.training.record_rows import record_hidden
+from qwenvl_jax.training.samples import Asked, record_questions, scene_records
 from qwenvl_jax.training.step import packed_hidden
 
 Batch = dict[str, np.ndarray]
@@ -33,7 +34,10 @@ class RunData:
 
     batches: from a number of steps done, an iterator over this host's share of each step, arrays [A, ...] of
     `accumulate` batches; validation: batches, and what of them goes to the devices; forward: the forward pass for these
-    rows; where: of a step, counted from 1, what it shows; notes: what the user should know before the first step.
+    rows; where: of a step, counted from 1, what it shows; notes: what the user should know before the first step;
+    once: the batches of the first steps, as many as show every record once; done: how many records so many steps show;
+    asked: validation questions whose answers are to be seen; left_out: records that are not learnt, or not whole, with
+    reasons.
     """
 
     steps: int
@@ -42,6 +46,11 @@ class RunData:
     forward: Callable
     where: Callable[[int], list[str]]
     notes: list[str]
+    once: Callable[[], Generator[Batch]]
+    done: Callable[[int], int]
+    processor: Processor
+    asked: list[Asked]
+    left_out: list[str]
 
 
 def open_data(
@@ -51,12 +60,14 @@ def open_data(
 
     cache: where records' pictures are replaced by their features; those that it lacks are encoded first.
     """
+    tokenizer = Tokenizer.from_file(vocabulary, config.visual.n_queries)
     if recipe.records is None:
-        return _scenes(recipe, config, vocabulary, placement)
-    return _records(recipe, config, vocabulary, placement, cache)
+        return _scenes(recipe, Processor(tokenizer, config), vocabulary, placement)
+    return _records(recipe, Processor(tokenizer, config, training_form=recipe.records.template), placement, cache)
 
 
-def _scenes(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: Placement) -> RunData:
+def _scenes(recipe: Recipe, processor: Processor, vocabulary: Path, placement: Placement) -> RunData:
+    config = processor.config
     rows = SceneRows(recipe.data, str(vocabulary), config, recipe.steps, recipe.batch_size)
     validation_recipe = dataclasses.replace(recipe.data, split="val", curriculum=((0.0, 6),), two_pictures_every=0)
     validation_rows = SceneRows(validation_recipe, str(vocabulary), config, 1, recipe.batch_size)
@@ -78,16 +89,17 @@ def _scenes(recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: P
         packed_hidden,
         scenes_of,
         [],
+        once=partial(from_step, 0),
+        done=lambda step: step * recipe.batch_size,
+        processor=processor,
+        asked=record_questions(scene_records(recipe.data.seed), processor, recipe.evaluate_samples),
+        left_out=[],
     )
 
 
-def _records(
-    recipe: Recipe, config: QwenVLConfig, vocabulary: Path, placement: Placement, cache: PictureCache | None
-) -> RunData:
+def _records(recipe: Recipe, processor: Processor, placement: Placement, cache: PictureCache | None) -> RunData:
     wanted, splits = recipe.records, recipe.accumulate
     assert wanted is not None
-    tokenizer = Tokenizer.from_file(vocabulary, config.visual.n_queries)
-    processor = Processor(tokenizer, config, training_form=wanted.template)
     share = len(placement.rows)
     shared = partial(
         RecordBatches,
@@ -96,6 +108,7 @@ def _records(
         process=placement.rows.start // share,
         processes=placement.batch_size // share,
         workers=recipe.workers,
+        pairs=recipe.dpo is not None,
         features=None if cache is None else cache.features,
     )
 
@@ -112,6 +125,7 @@ def _records(
         cache.fill(records.source, processor, recipe.workers)
     bounds = [records.longest]
     validation: list[tuple[Batch, dict]] = []
+    asked: list[Asked] = []
     if wanted.validation:
         held = shared(
             dataclasses.replace(wanted.batches, packing=True, bad_records="skip"),
@@ -124,26 +138,37 @@ def _records(
         for number in range(min(len(held), recipe.evaluate_batches)):
             placed = placement.batches({name: value[None] for name, value in held[number].items()})
             validation.append(({}, jax.tree.map(lambda x: x[0], placed)))
+        usable = np.flatnonzero(held.tokens)
+        wished = recipe.evaluate_samples if wanted.template == "chat" else 0  # a base model is not to be asked
+        apart = usable[:: max(len(usable) // max(wished, 1), 1)]  # of all files
+        asked = record_questions(map(held.source.__getitem__, apart.tolist()), processor, wished)
 
-    def from_step(first: int) -> Generator[Batch]:
-        if first * splits >= len(records):
-            return
-        with contextlib.closing(record_batches(records, first=first * splits, workers=recipe.workers)) as made:
-            for _ in range(first, len(records) // splits):
+    count = len(records) // splits
+
+    def from_step(first: int, stop: int = count) -> Generator[Batch]:
+        numbers = {"first": first * splits, "stop": stop * splits}
+        with contextlib.closing(record_batches(records, **numbers, workers=recipe.workers)) as made:
+            for _ in range(first, stop):
                 yield _stack([next(made) for _ in range(splits)])
 
-    notes = [f"left out: {reason}" for reason in records.skipped[:5]]
-    if len(records.skipped) > len(notes):
-        notes.append(f"left out: {len(records.skipped) - len(notes)} more records")
+    skipped = records.skipped
+    notes = [f"left out: {reason}" for reason in skipped[:5]]
+    if len(skipped) > len(notes):
+        notes.append(f"left out: {len(skipped) - len(notes)} more records")
     if records.cut:
         notes.append(f"cut: {records.cut} records lose text beyond {wanted.batches.max_length} tokens")
     return RunData(
-        len(records) // splits,
+        count,
         from_step,
         validation,
         partial(record_hidden, longest=max(bounds)),
         lambda step: [place for i in range(splits) for place in records.where((step - 1) * splits + i)],
         notes,
+        once=lambda: from_step(0, -(-records.plan.shown(count * splits) // splits)),
+        done=lambda step: records.before(step * splits),
+        processor=processor,
+        asked=asked,
+        left_out=[*skipped, *records.shortened],
     )
 
 
@@ -157,9 +182,10 @@ def _stack(made: list[Batch]) -> Batch:
     length = max(batch["ids"].shape[1] for batch in made)
     padding = {"slots": -1, "targets": -100}
 
-    def grown(name: str, value: np.ndarray) -> np.ndarray:
-        if value.ndim != 2:
+    def grown(batch: Batch, name: str) -> np.ndarray:
+        value = batch[name]
+        if value.shape != batch["ids"].shape:
             return value
         return np.pad(value, ((0, 0), (0, length - value.shape[1])), constant_values=padding.get(name, 0))
 
-    return {name: np.stack([grown(name, batch[name]) for batch in made]) for name in made[0]}
+    return {name: np.stack([grown(batch, name) for batch in made]) for name in made[0]}

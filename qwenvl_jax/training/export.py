@@ -1,6 +1,7 @@
-"""A checkpoint of a run as what it trains: a model folder, or an adapter. The optimizer's memory is not read.
+"""What a run has trained, as a model folder or an adapter: its last state, or a checkpoint of it.
 
-`python -m qwenvl_jax.convert runs/x/checkpoints/500 DST` calls this; a run writes its last state by itself.
+`python -m qwenvl_jax.convert runs/x/checkpoints/500 DST` calls `export_checkpoint`, which does not read the optimizer's
+memory.
 """
 
 from pathlib import Path
@@ -8,12 +9,31 @@ from pathlib import Path
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from qwenvl_jax.checkpoints.folder import SmallFiles, locate, small_files
+from qwenvl_jax.checkpoints.huggingface import save_model
+from qwenvl_jax.checkpoints.peft import save_adapter
 from qwenvl_jax.config import UserError
-from qwenvl_jax.training.build import build_modules, divide
+from qwenvl_jax.models.qwen_vl import QwenVL
+from qwenvl_jax.training.build import build_modules, chat_settings, divide, lora_recipe
 from qwenvl_jax.training.checkpoints import cause
 from qwenvl_jax.training.placement import MeshRecipe, Placement
-from qwenvl_jax.training.recipe import read_recipe
-from qwenvl_jax.training.run import export, export_adapter
+from qwenvl_jax.training.recipe import Recipe, read_recipe
+
+
+def export(recipe: Recipe, model: QwenVL, folder: Path, vocabulary: Path) -> None:
+    """Writes the model as a Hugging Face folder, with its vocabulary and generation settings."""
+    if recipe.start is None:
+        generation = {"chat_format": "chatml", "do_sample": False, "max_new_tokens": 256, "max_window_size": 1536}
+        small = SmallFiles(tokenizer_file=vocabulary, tokenizer_config=None, generation_config=generation)
+    else:
+        small = small_files(locate(recipe.start))
+        small["generation_config"] = chat_settings(recipe) or small["generation_config"]
+    save_model(jax.tree.map(lambda x: x.astype(recipe.export_dtype), model), folder, **small)
+
+
+def export_adapter(recipe: Recipe, model: QwenVL, folder: Path) -> None:
+    """Writes the adapter in PEFT's format."""
+    save_adapter(model, folder, lora_recipe(recipe), base=recipe.start, generation_config=chat_settings(recipe))
 
 
 def export_checkpoint(checkpoint: str | Path, destination: str | Path) -> None:

@@ -1,8 +1,10 @@
-"""Joining the hosts of a cluster into one program, before the first array exists."""
+"""The hosts of a cluster: joining them into one program before the first array exists, and stopping them together."""
 
 import dataclasses
+import signal
 
 import jax
+from jax.experimental import multihost_utils
 
 from qwenvl_jax.config import UserError
 
@@ -41,3 +43,24 @@ def connect(recipe: HostsRecipe) -> None:
             raise UserError(
                 f"hosts.detect: no cluster was found here ({error}); give coordinator, count and index"
             ) from None
+
+
+class StopRequest:
+    """Whether the machine is being taken away: SIGTERM is noted, and acted upon between two steps."""
+
+    def __enter__(self) -> "StopRequest":
+        self.received = False
+        self.before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+
+    def _note(self, *_) -> None:
+        self.received = True
+
+    def at(self, step: int) -> bool:
+        """Whether to stop after this step; the same on every host."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.received

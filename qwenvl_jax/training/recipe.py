@@ -5,6 +5,8 @@
 
 import dataclasses
 import difflib
+import itertools
+import json
 import sys
 import types
 import typing
@@ -12,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import tyro
 import yaml
 
@@ -24,6 +27,8 @@ from qwenvl_jax.training.hosts import HostsRecipe
 from qwenvl_jax.training.optimizer import OptimizerRecipe
 from qwenvl_jax.training.parts import Parts
 from qwenvl_jax.training.placement import MeshRecipe
+from qwenvl_jax.training.planned_devices import PlanRecipe
+from qwenvl_jax.training.preference import DpoRecipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +120,7 @@ class Recipe:
     new_model: NewModel = dataclasses.field(default_factory=NewModel)
     data: SceneRecipe = dataclasses.field(default_factory=SceneRecipe)  # drawn scenes, where `records` are not given
     records: RecordsRecipe | None = None
+    dpo: DpoRecipe | None = None  # learn which of two answers is liked more, from records with a rejected one
     optimizer: OptimizerRecipe = dataclasses.field(default_factory=OptimizerRecipe)
     auxiliary: AuxiliaryRecipe | None = None
     parts: Parts = dataclasses.field(default_factory=Parts)
@@ -132,6 +138,8 @@ class Recipe:
     log_every: int = 50
     evaluate_every: int = 500
     evaluate_batches: int = 8
+    evaluate_samples: int = 8  # validation questions that the model answers at each evaluation; 0: none
+    peak_tflops: float | None = None  # of one device, for MFU; None: the data sheet's, for devices known to flops.py
     save_every: int = 500
     keep: int = 2  # checkpoints
     export_dtype: typing.Literal["bfloat16", "float32"] = "bfloat16"
@@ -143,10 +151,18 @@ class Recipe:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.image_size is not None and self.start is None:
             raise UserError("image_size goes with a checkpoint; a new model has new_model.image_size")
+        if self.evaluate_samples < 0:
+            raise UserError(f"evaluate_samples is {self.evaluate_samples}; it must be at least 0")
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise UserError(f"peak_tflops is {self.peak_tflops}; it must be above 0")
         if (self.lora is not None or self.quantize is not None) and self.start is None:
             raise UserError("lora and quantize go with a checkpoint; name one with start")
         if self.quantize is not None and self.lora is None:
             raise UserError("quantize: quantised weights are not trained; add lora, for an adapter beside them")
+        if self.dpo is not None and (self.records is None or self.start is None):
+            raise UserError("dpo goes with a checkpoint and records; name them with start and records.files")
+        if self.dpo is not None and self.records is not None and self.records.template == "raw":
+            raise UserError("records.template is 'raw'; dpo compares answers in a chat, leave it out")
         if self.records is not None and self.auxiliary is not None:
             raise UserError("auxiliary: its labels are known of drawn scenes alone; leave it out with records")
         if self.batch_size % self.accumulate:
@@ -181,6 +197,51 @@ def parse_arguments(arguments: Sequence[str]) -> Recipe:
         recipe = dataclasses.replace(recipe, records=dataclasses.replace(recipe.records, epochs=None))
     plain = (tyro.conf.AvoidSubcommands,)  # a part that a recipe has or has not is fields, no command of its own
     return tyro.cli(Recipe, args=flags, default=recipe, prog=program, config=plain)
+
+
+def parse_plan(arguments: Sequence[str]) -> tuple[list[str], PlanRecipe | None]:
+    """The arguments without `--plan` and `--plan.FIELD VALUE`, and what these say; None where there are none."""
+    rest: list[str] = []
+    flags: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument.startswith("--plan."):
+            flags.append(argument)
+            flags += [] if "=" in argument else itertools.islice(remaining, 1)
+        elif argument != "--plan":
+            rest.append(argument)
+    if len(rest) == len(arguments):
+        return rest, None
+    flags += {"-h", "--help"} & set(rest)  # with --plan, about it
+    return rest, tyro.cli(_PlanFlags, args=flags, prog=f"{Path(sys.argv[0]).name} RECIPE.yaml --plan").plan
+
+
+@dataclasses.dataclass(frozen=True)
+class _PlanFlags:
+    """Compiles the recipe's step for machines that are not there, and says what each of them would have to hold."""
+
+    plan: PlanRecipe = dataclasses.field(default_factory=PlanRecipe)
+
+
+# What may change between two starts of one run: where it runs and how it tells of it, but not what it computes.
+CIRCUMSTANCES = ("output", "mesh", "hosts", "workers", "log_every", "keep", "evaluate_samples", "peak_tflops")
+
+
+def remember_recipe(recipe: Recipe, output: Path) -> None:
+    """Writes the recipe into the run's folder, or refuses to go on with a run that another recipe began."""
+    values = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    path = output / "recipe.yaml"
+    if path.exists():
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        keys = sorted((values.keys() | before.keys()) - set(CIRCUMSTANCES))
+        other = next((key for key in keys if before.get(key) != values.get(key)), None)
+        if other is not None:
+            raise UserError(
+                f"{path} is of another recipe: {other} was {before.get(other)!r} and is {values.get(other)!r}; "
+                f"give --output another folder, or remove {output} to begin again"
+            )
+    if jax.process_index() == 0:
+        path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def _build(kind: type, raw: Any, where: str):

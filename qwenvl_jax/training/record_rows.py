@@ -16,7 +16,7 @@ def record_hidden(model, batch: dict[str, jax.Array], *, longest: int, remat: Re
     features = model.encode_images(batch["pixels"]) if "pixels" in batch else batch.get("features")
     rows = batch["ids"].shape[0]
     context = model.context(
-        PackedRows(batch["group"], longest),
+        PackedRows(batch["group"], longest, batch.get("branch")),
         batch["positions"],
         jnp.asarray(frequencies(model.config, [0])).repeat(rows, axis=0),
         training=True,

@@ -13,7 +13,7 @@ from qwenvl_jax.models.qwen_vl import Remat, frequencies
 from qwenvl_jax.nn.attention import packed_blocks
 from qwenvl_jax.nn.lora import with_dropout
 from qwenvl_jax.training.auxiliary import cell_loss
-from qwenvl_jax.training.loss import next_token_loss
+from qwenvl_jax.training.loss import NEXT_TOKEN, Objective
 
 Parameters = dict[str, jax.Array]
 
@@ -64,16 +64,23 @@ def packed_hidden(model, batch: dict[str, jax.Array], *, remat: Remat = "none") 
     return model(model.embed(batch["ids"], features, batch["slots"]), context, remat=remat)[0], features
 
 
-def batch_loss(modules, batch: dict[str, jax.Array], *, remat: Remat = "none", hidden_of=packed_hidden):
-    """Sum of the losses of a packed batch's targets, auxiliary loss (0 without a head), and the number of targets.
+def batch_loss(
+    modules,
+    batch: dict[str, jax.Array],
+    *,
+    remat: Remat = "none",
+    hidden_of=packed_hidden,
+    objective: Objective = NEXT_TOKEN,
+):
+    """Sum of the losses of a packed batch's units, auxiliary loss (0 without a head), and the objective's other sums.
 
     modules: {"model": QwenVL, "auxiliary": CellHead or absent}. The batch also has target_positions and targets int [B,
     K], and cell labels "cell/<name>" when there is an auxiliary head. hidden_of: the forward pass for its kind of rows,
-    `packed_hidden` or `record_rows.record_hidden`.
+    `packed_hidden` or `record_rows.record_hidden`. objective: what is minimised, here the loss of targets.
     """
     hidden, features = hidden_of(modules["model"], batch, remat=remat)
-    total, count = next_token_loss(modules["model"], hidden, batch["target_positions"], batch["targets"])
-    return total, auxiliary_loss(modules, features, batch), count
+    total, sums = objective.losses(modules["model"], hidden, batch)
+    return total, auxiliary_loss(modules, features, batch), sums
 
 
 def auxiliary_loss(modules, features: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
@@ -84,20 +91,18 @@ def auxiliary_loss(modules, features: jax.Array, batch: dict[str, jax.Array]) ->
     return cell_loss(modules["auxiliary"](features), labels)
 
 
-def make_evaluation_step(rebuild, *, dtype: str | None = None, hidden_of=packed_hidden):
-    """(params, frozen, batch) -> (loss sum, target count, right bool [B, K]): whether each target is the likeliest
-    token.
+def make_evaluation_step(rebuild, *, dtype: str | None = None, hidden_of=packed_hidden, examine=NEXT_TOKEN.examine):
+    """(params, frozen, batch) -> what `examine` says of it, by default loss sum, target count, and bool [B, K] whether
+    each target is the likeliest token.
 
-    frozen, dtype and hidden_of as in `make_train_step`.
+    frozen, dtype and hidden_of as in `make_train_step`; examine: an objective's, or another of its form.
     """
 
     def evaluation_step(params: Parameters, frozen: Parameters, batch: dict[str, jax.Array]):
         params = {name: p if dtype is None else p.astype(dtype) for name, p in params.items()}
         model = rebuild(params | frozen)["model"]
         hidden, _ = hidden_of(model, batch)
-        total, count = next_token_loss(model, hidden, batch["target_positions"], batch["targets"])
-        picked = jnp.take_along_axis(hidden, batch["target_positions"][..., None], axis=1)
-        return total, count, jnp.argmax(model.logits(picked), axis=-1) == batch["targets"]
+        return examine(model, hidden, batch)
 
     return evaluation_step
 
@@ -111,35 +116,39 @@ def make_train_step(
     remat: Remat = "none",
     vision_only: bool = False,
     hidden_of=packed_hidden,
+    objective: Objective = NEXT_TOKEN,
     dropout: jax.Array | None = None,
 ):
     """(state, frozen, batches) -> (state, metrics of float32 scalars); jit it with the state donated.
 
     frozen: parameters that stay as they are. batches: arrays [A, ...] of A batches of one shape, whose gradients add up
-    to that of one batch A times as large: every target counts alike, however many a batch has. dtype: that in which the
+    to that of one batch A times as large: every unit counts alike, however many a batch has. dtype: that in which the
     trained parameters are computed with; None: their own. The optimizer sees float32 parameters and gradients alone, so
     its memory is float32 too, and a bfloat16 parameter is rounded once, after its update.
 
-    `vision_only` trains the vision tower by the auxiliary head alone; all other parameters stay as they are. hidden_of:
-    as in `batch_loss`. dropout: the key of the run, for adapters that drop in training; None: nothing is dropped.
+    `vision_only` trains the vision tower by the auxiliary head alone; all other parameters stay as they are. hidden_of
+    and objective: as in `batch_loss`. dropout: the key of the run, for adapters that drop in training; None: nothing is
+    dropped.
     """
 
     def one_batch(params: Parameters, frozen: Parameters, batch, weight, share, key):
-        """This batch's part of the loss, and the numbers that are logged. share: 1 / (targets, batches) of the step."""
+        """This batch's part of the loss, and the numbers that are logged. share: 1 / (units, batches) of the step."""
         modules = rebuild({name: p if dtype is None else p.astype(dtype) for name, p in params.items()} | frozen)
         if key is not None:
             modules = modules | {"model": with_dropout(modules["model"], key)}
         if vision_only:
-            total, count = jnp.zeros(()), jnp.zeros(())
-            auxiliary = auxiliary_loss(modules, modules["model"].encode_images(batch["pixels"]), batch)
-            return auxiliary * share[1], (auxiliary * share[1], auxiliary * share[1], count)
-        total, auxiliary, count = batch_loss(modules, batch, remat=remat, hidden_of=hidden_of)
-        loss = total * share[0]
-        return loss + weight * auxiliary * share[1], (loss, auxiliary * share[1], count)
+            auxiliary = auxiliary_loss(modules, modules["model"].encode_images(batch["pixels"]), batch) * share[1]
+            return auxiliary, {"loss": auxiliary, "auxiliary_loss": auxiliary}
+        total, auxiliary, sums = batch_loss(modules, batch, remat=remat, hidden_of=hidden_of, objective=objective)
+        loss, auxiliary = total * share[0], auxiliary * share[1]
+        logged = {"loss": loss} | {name: value * share[0] for name, value in sums.items()}
+        if "auxiliary" in modules:
+            logged["auxiliary_loss"] = auxiliary
+        return loss + weight * auxiliary, logged
 
     def train_step(state: TrainState, frozen: Parameters, batches: dict[str, jax.Array]):
-        targets = jnp.sum(batches["targets"] >= 0).astype(jnp.float32)
-        share = 1 / jnp.maximum(targets, 1), 1 / batches["targets"].shape[0]
+        units = objective.units(batches).astype(jnp.float32)
+        share = 1 / jnp.maximum(units, 1), 1 / batches["targets"].shape[0]
         weight = auxiliary_schedule(state.step)
         gradient = jax.grad(one_batch, has_aux=True)
         step_key = None if dropout is None else jax.random.fold_in(dropout, state.step)
@@ -150,23 +159,19 @@ def make_train_step(
             new = gradient(state.params, frozen, batch, weight, share, key)
             return jax.tree.map(lambda total, value: total + value.astype(jnp.float32), sums, new), None
 
+        first = state.params, frozen, jax.tree.map(lambda x: x[0], batches), weight, share, step_key
         if batches["targets"].shape[0] == 1:
-            grads, (loss, auxiliary, count) = gradient(
-                state.params, frozen, jax.tree.map(lambda x: x[0], batches), weight, share, step_key
-            )
+            grads, metrics = gradient(*first)
         else:
-            zeros = {name: jnp.zeros(p.shape, jnp.float32) for name, p in state.params.items()}, (jnp.zeros(()),) * 3
-            (grads, (loss, auxiliary, count)), _ = jax.lax.scan(
-                add, zeros, (jnp.arange(len(batches["targets"])), batches)
-            )
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(gradient, *first))
+            (grads, metrics), _ = jax.lax.scan(add, zeros, (jnp.arange(len(batches["targets"])), batches))
         grads, params = (jax.tree.map(lambda x: x.astype(jnp.float32), tree) for tree in (grads, state.params))
         updates, memory = optimizer.update(grads, state.optimizer, params)
         if vision_only:  # not even weight decay for the rest
             moving = ("model.visual.", "auxiliary.")
             updates = {k: u if k.startswith(moving) else jnp.zeros_like(u) for k, u in updates.items()}
-        metrics = {"loss": loss, "target_tokens": count, "gradient_norm": optax.tree.norm(grads)}
-        if any(name.startswith("auxiliary.") for name in params):
-            metrics["auxiliary_loss"] = auxiliary
+        targets = jnp.sum(batches["targets"] >= 0).astype(jnp.float32) * (not vision_only)
+        metrics |= {"target_tokens": targets, "gradient_norm": optax.tree.norm(grads)}
         new = {name: (p + updates[name]).astype(state.params[name].dtype) for name, p in params.items()}
         return TrainState(state.step + 1, new, memory), metrics
 

@@ -75,6 +75,17 @@ def test_best_fit_fills_rows():
     assert pictures.sum() / (len(plan) * shape.pictures) > 0.75
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_batches_that_show_every_record_once(packing):
+    tokens, pictures = made_up(60)
+    shape = BatchShape(2, 2048, picture_slots(tokens, pictures, 2, 2048, packing))
+    plan = make_plan(orders(60, 0, 3), tokens, pictures, shape, packing=packing, seed=0)
+    for count in (1, len(plan) // 2, len(plan)):
+        shown = [{int(r) for row in plan[number][1] for r in row} for number in range(count)]
+        wanted = set().union(*shown)
+        assert plan.shown(count) == next(n for n in range(1, count + 1) if set().union(*shown[:n]) == wanted)
+
+
 def test_buckets_pad_little_with_few_lengths():
     tokens, pictures = made_up(5000)
     plan = make_plan(orders(5000, 0, 1), tokens, pictures, BatchShape(8, 2048, 32), packing=False, seed=0)

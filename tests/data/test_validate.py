@@ -258,6 +258,15 @@ def test_exit_statuses(tmp_path, capsys):
     assert (status, out.startswith(f"{tmp_path}/b.json:1: not JSON")) == (1, True)
 
 
+def test_rejected_answers_are_counted(tmp_path, capsys):
+    row = {"question": "What is it?", "answer": "red"}
+    (tmp_path / "a.json").write_text(json.dumps([row, row | {"rejected": "blue"}, row | {"rejected": "red"}], indent=0))
+    _, out, _ = run(capsys, tmp_path / "a.json")
+    assert {"good": "2", "bad": "1", "with a rejected answer": "1"}.items() <= table(out).items()
+    _, out, _ = run(capsys, tmp_path / "a.json", "--limit", 1)
+    assert "rejected" not in out
+
+
 def table(out: str) -> dict[str, str]:
     cells = [line.strip("│ ").split("│") for line in out.splitlines() if line.startswith("│")]
     return {name.strip(): value.strip() for name, value in cells}

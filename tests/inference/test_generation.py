@@ -129,7 +129,7 @@ def test_decoding_copies_no_cache(generator):
         generation.advance()
         old = generation._state
         arguments = (generation._past, generation._fixed, generation._lengths, np.int32(0), np.int32(1))
-        program = generator._decode.func.lower(
+        program = generator._decode.lower(
             generator._leaves, *arguments, generation._stopped, state=generation._state
         ).compile()
         scratch[length] = program.memory_analysis().temp_size_in_bytes

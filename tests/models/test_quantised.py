@@ -78,8 +78,8 @@ def test_the_compiled_decode_widens_one_layer_at_a_time(model, form):
         past, state, fixed = generator.prefill(generator.batch([prompt]), controls([SamplingOptions()], [], 64))
         stopped = np.zeros(1, bool)
         lengths = np.full(1, 8, np.int32)
-        lowered = generator._decode.func.lower(
-            *generator._decode.args, past, fixed, lengths, np.int32(0), np.int32(8), stopped, state=state
+        lowered = generator._decode.lower(
+            generator._leaves, past, fixed, lengths, np.int32(0), np.int32(8), stopped, state=state
         )
         return lowered.compile().memory_analysis().temp_size_in_bytes
 

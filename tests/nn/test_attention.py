@@ -180,10 +180,14 @@ def rows_of(lengths: list[list[int]], tokens: int) -> np.ndarray:
     return group
 
 
+@pytest.mark.parametrize("branched", [False, True], ids=["whole", "branched"])
 @pytest.mark.parametrize("block", [64, 8, 7], ids=["one block", "equal blocks", "a short last block"])
-def test_rows_of_documents_are_attention_with_the_packed_mask(monkeypatch, block):
+def test_rows_of_documents_are_attention_with_the_packed_mask(monkeypatch, block, branched):
     monkeypatch.setattr(attention, "ROW_BLOCKS", (block, block))
     group = rows_of([[5, 1, 9, 8], [9, 9], [3]], 24)
+    # Of each document two tokens are shared, then come branches of three.
+    number = np.arange(24) - np.array([np.searchsorted(np.maximum.accumulate(row), row) for row in group])
+    branch = np.where((group > 0) & (number > 1), (number + 1) // 3, 0)
     qkv = random_qkv(3, 24, 24)
 
     def weighted(qkv, mask, how):
@@ -193,8 +197,8 @@ def test_rows_of_documents_are_attention_with_the_packed_mask(monkeypatch, block
     def outcome(how, mask):
         return jax.jit(jax.grad(functools.partial(weighted, how=how), has_aux=True))(qkv, mask)
 
-    expected = outcome(attend, packed_mask(group, jnp.zeros_like(group)))
-    found = outcome(attend_rows, PackedRows(group, longest=9))
+    expected = outcome(attend, packed_mask(group, branch if branched else jnp.zeros_like(group)))
+    found = outcome(attend_rows, PackedRows(group, 9, branch if branched else None))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), found, expected)
     assert np.isfinite(attend_rows(*qkv, PackedRows(group, longest=9))).all()
 

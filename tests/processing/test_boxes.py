@@ -146,6 +146,16 @@ def test_the_plate_stays_inside_the_picture(corner):
     assert rows[-1] - rows[0] + 1 >= sum(boxes.font(12).getmetrics())
 
 
+def test_two_labels_at_one_place_can_both_be_read():
+    """An answer drawn beside what was expected: the boxes are nearly the same."""
+    two = [Box("expected", 60, 60, 140, 140), Box("answered", 62, 61, 141, 142)]
+    drawn = np.asarray(boxes.draw(Image.new("RGB", (200, 200), "black"), two))
+    alone = [np.asarray(boxes.draw(Image.new("RGB", (200, 200), "black"), [box])) for box in two]
+    first, second = (tuple(int(COLOURS[i][k : k + 2], 16) for k in (1, 3, 5)) for i in (0, 1))
+    plates = [(drawn == colour).all(-1).sum() for colour in (first, second)]
+    assert min(plates) > 0.9 * min((picture == first).all(-1).sum() for picture in alone)
+
+
 def test_a_label_is_one_line_that_fits():
     text = boxes._fitting("a very long label " * 20, boxes.font(12), 116)
     assert text.endswith("…")

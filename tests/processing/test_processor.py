@@ -267,6 +267,20 @@ def test_training_on_answers_only():
     np.testing.assert_array_equal(everything[everything != -100], prompt.input_ids[everything != -100])
 
 
+def test_the_last_answer_is_what_follows_its_header():
+    messages = [user(image(RED), "Hi"), assistant("one"), user("And?"), assistant("<ref>two</ref> <|im_end|>")]
+    prompt, answer, pictures = processor.answered_tokens(messages)
+    whole, labels, _ = processor.training_tokens(messages, answers_only=True)
+    newline = len(tokenizer.encode_ordinary("\n"))
+    assert (prompt + answer).ids == whole.ids[:-newline]
+    assert (prompt + answer).slots == whole.slots[:-newline]
+    assert answer.ids == labels[len(prompt) : -newline].tolist()
+    assert labels[len(prompt) - 1] == -100
+    assert answer.ids.count(tokenizer.im_end_id) == 1
+    assert answer == processor.answer_tokens(messages[-1]["content"])
+    assert pictures == [RED]
+
+
 def test_raw_training_is_bare_text_and_pictures():
     """What base models are pre-trained on: no ChatML, no numbers of pictures, answers and their end are learnt."""
     raw = Processor(tokenizer, CONFIG, training_form="raw")

@@ -39,13 +39,16 @@ if __name__ == "__main__":
 
 def mixed(small: Recipe, file: Path, devices: int, hosts: list[str]) -> Recipe:
     """The small run on the records of the file, on a mesh; hosts: address and index of this process, or nothing."""
+    batches = BatchRecipe(max_length=96, packing=False)
     found = HostsRecipe(coordinator=hosts[0], count=2, index=int(hosts[1])) if hosts else HostsRecipe()
     return dataclasses.replace(
         small,
         auxiliary=None,
         optimizer=OptimizerRecipe(learning_rate=0.003),  # compiles sooner than Muon
-        records=RecordsRecipe(files=(str(file),), epochs=1, batches=BatchRecipe(max_length=96, packing=False)),
+        records=RecordsRecipe(files=(str(file),), validation=(str(file),), epochs=1, batches=batches),
         batch_size=8,
+        evaluate_every=6,
+        evaluate_samples=int(devices > 2),
         mesh=MeshRecipe("fsdp" if devices > 1 else "single"),
         hosts=found,
     )
@@ -74,14 +77,17 @@ def start(script: Path, output: Path, records: Path, devices: int, *where: str) 
     )
 
 
-def finish(*processes: subprocess.Popen) -> None:
+def finish(*processes: subprocess.Popen) -> list[str]:
+    """What each of them said."""
+    said = []
     try:
         for process in processes:
-            said = process.communicate(timeout=300)[0]
-            assert process.returncode == 0, said
+            said.append(process.communicate(timeout=300)[0])
+            assert process.returncode == 0, said[-1]
     finally:
         for process in processes:
             process.kill()
+    return said
 
 
 def losses(output: Path) -> list[float]:
@@ -102,10 +108,14 @@ def test_two_processes_train_as_one(one_process, records, tmp_path):
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     script = tmp_path / "script.py"
-    finish(*(start(script, tmp_path / "run", records, 4, address, str(index)) for index in range(2)))
+    said = finish(*(start(script, tmp_path / "run", records, 4, address, str(index)) for index in range(2)))
     assert losses(tmp_path / "run") == pytest.approx(losses(one_process), rel=1e-5)
     assert (tmp_path / "run" / "model-6" / "model.safetensors").exists()
     assert (tmp_path / "run" / "hosts" / "1" / "log.jsonl").exists()
+    assert (one_process / "samples" / "6" / "samples.jsonl").exists()  # answered on a mesh, but not by several hosts
+    assert [text.count("no samples are answered") for text in said] == [1, 0]
+    reports = [path.relative_to(tmp_path) for path in tmp_path.rglob("report.html")]
+    assert reports == [Path("run/report.html")]
 
 
 @pytest.mark.parametrize("devices", [2, 1])

@@ -18,6 +18,7 @@ from qwenvl_jax.nn.attention import causal_mask, packed_blocks, packed_mask
 from qwenvl_jax.processing.processor import Processor
 from qwenvl_jax.processing.template import IGNORED
 from qwenvl_jax.processing.tokenizer import Tokenizer
+from qwenvl_jax.training.loss import NEXT_TOKEN
 from qwenvl_jax.training.recipe import NewModel
 from qwenvl_jax.training.record_rows import record_hidden
 from qwenvl_jax.training.step import batch_loss, make_evaluation_step, named_parameters
@@ -130,8 +131,8 @@ def test_packed_records_equal_records_alone(model, batches, hidden_of, expected)
     batch, (alone, loss, grads) = batches[0], expected
 
     def packed(model):
-        total, _, count = batch_loss({"model": model}, batch, hidden_of=hidden_of)
-        return total / count, model.logits(hidden_of(model, batch)[0])
+        total = batch_loss({"model": model}, batch, hidden_of=hidden_of)[0]
+        return total / NEXT_TOKEN.units(batch), model.logits(hidden_of(model, batch)[0])
 
     (found, logits), found_grads = jax.jit(jax.value_and_grad(packed, has_aux=True))(model)
     np.testing.assert_allclose(found, loss, rtol=2e-6)
@@ -164,8 +165,7 @@ def test_padding_pictures_and_recomputed_layers_change_nothing(model, batches, e
     hidden_of = partial(record_hidden, longest=batches.longest)
 
     def loss(model):
-        total, _, count = batch_loss({"model": model}, more, remat="layers", hidden_of=hidden_of)
-        return total / count
+        return batch_loss({"model": model}, more, remat="layers", hidden_of=hidden_of)[0] / NEXT_TOKEN.units(more)
 
     assert_gradients_equal(jax.jit(jax.grad(loss))(model), expected[2])
 

@@ -67,3 +67,30 @@ def test_records_must_be_named(tmp_path):
     done = train("configs/finetune.yaml", "--start", "tiny", "--output", tmp_path / "run")
     assert done.returncode == 2
     assert "--records.files" in done.stderr
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_names_step_and_records(tmp_path):
+    asked = {"from": "user", "value": "How many?"}
+    conversations = [{"conversations": [asked, {"from": "assistant", "value": f"{n} of them"}]} for n in range(8)]
+    (tmp_path / "mine.json").write_text(json.dumps(conversations, indent=0))
+    output = tmp_path / "run"
+    for attempt in range(2):  # the same command goes on from the checkpoint, and meets it again
+        done = train(
+            "configs/finetune.yaml", "--start", "tiny", "--output", output, "--records.files", tmp_path / "mine.json",
+            "--records.batches.max-length", 64, "--batch-size", 4, "--accumulate", 1, "--dtype", "float32",
+            "--remat", "none", "--optimizer.learning-rate", 1e30, "--optimizer.warmup-steps", 0,
+            "--steps", 9, "--log-every", 3, "--save-every", 1, "--keep", 1,
+        )  # fmt: skip
+        assert done.returncode == 1, done.stderr
+        (message,) = done.stderr.strip().splitlines()[-1:]
+        assert message.startswith("train: the loss of step 2 is nan; it was made from ")
+        assert "mine.json:" in message
+        assert message.endswith("the last checkpoint is of step 1")
+        assert (output / "checkpoints" / "1").is_dir()
+        assert ("(1 done)" in done.stdout) == bool(attempt)
+    rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    ends = [row for row in rows if row["kind"] == "end"]
+    assert [end["how"] for end in ends] == ["not a number"] * 2
+    assert f"train: {ends[1]['message']}" == message
+    page = (output / "report.html").read_text()
+    assert ends[1]["message"].replace("'", "&#x27;") in page

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -50,27 +51,28 @@ def small(output: Path) -> Recipe:
         steps=6,
         batch_size=2,
         log_every=1,
-        evaluate_every=6,
+        evaluate_every=3,
         evaluate_batches=1,
+        evaluate_samples=2,
         save_every=2,
         export_dtype="float32",
     )
 
 
 RUN = """
-import sys
+import dataclasses, sys
 sys.path.insert(0, {folder!r})
 from test_run import small
 from qwenvl_jax.training.run import train
 if __name__ == "__main__":
-    train(small(sys.argv[1]))
+    train(dataclasses.replace(small(sys.argv[1]), evaluate_samples=int(sys.argv[2])))
 """
 
 
-def start(output: Path, script: Path) -> subprocess.Popen:
+def start(output: Path, script: Path, samples: int = 0) -> subprocess.Popen:
     """The run in a process of its own, as users run it; the eight devices of this one share threads otherwise."""
     script.write_text(RUN.format(folder=str(Path(__file__).parent)))
-    command = [sys.executable, str(script), str(output)]
+    command = [sys.executable, str(script), str(output), str(samples)]
     return subprocess.Popen(command, cwd=ROOT, start_new_session=True)
 
 
@@ -89,14 +91,15 @@ def train_until_killed(output: Path, checkpoint: int, script: Path) -> None:
 def logged(output: Path) -> list[dict]:
     """The logged values of each step, without times."""
     rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    times = ("seconds_per_step", "target_tokens_per_second", "data_wait")
-    return [{k: v for k, v in row.items() if k not in times} for row in rows if row["kind"] == "train"]
+    times = re.compile("time|mfu|memory|seconds|data_wait|.*_per_second")
+    return [{k: v for k, v in row.items() if not times.match(k)} for row in rows if row["kind"] == "train"]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
+    """A whole run that also answers samples half-way; the others do not, and must train the same."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert start(folder / "run", folder / "script.py").wait() == 0
+    assert start(folder / "run", folder / "script.py", samples=2).wait() == 0
     return folder / "run"
 
 
@@ -105,6 +108,7 @@ def test_a_killed_run_resumes_bit_for_bit(undisturbed, tmp_path):
     train_until_killed(run, 2, tmp_path / "script.py")
     assert not (run / "model-6").exists()
     assert start(run, tmp_path / "script.py").wait() == 0
+    assert re.findall("<td>(killed|finished)", (run / "report.html").read_text()) == ["killed", "finished"]
     weights = Path("model-6") / "model.safetensors"
     assert (run / weights).read_bytes() == (undisturbed / weights).read_bytes()
     assert logged(run) == logged(undisturbed)
@@ -116,7 +120,9 @@ def test_sigterm_saves_and_ends_well(undisturbed, tmp_path):
     process = start(run, tmp_path / "script.py")
     log = run / "log.jsonl"
     deadline = time.monotonic() + 240
-    while process.poll() is None and time.monotonic() < deadline and not (log.exists() and log.read_text()):
+    while (
+        process.poll() is None and time.monotonic() < deadline and not (log.exists() and '"train"' in log.read_text())
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 0
@@ -130,9 +136,33 @@ def test_sigterm_saves_and_ends_well(undisturbed, tmp_path):
 def test_the_export_loads_and_the_run_leaves_its_record(undisturbed):
     model = load_model(undisturbed / "model-6")
     assert model.config.hidden_size == 128
-    assert {path.name for path in undisturbed.iterdir()} >= {"recipe.yaml", "log.jsonl", "curve.png", "tensorboard"}
+    kept = {path.name for path in undisturbed.iterdir()}
+    assert kept >= {"recipe.yaml", "log.jsonl", "curve.png", "report.html", "samples", "tensorboard"}
     assert (undisturbed / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert [row["step"] for row in logged(undisturbed)] == [1, 2, 3, 4, 5, 6]
+    for step in (3, 6):
+        lines = (undisturbed / "samples" / str(step) / "samples.jsonl").read_text().splitlines()
+        assert [set(json.loads(line)) >= {"question", "expected", "answer", "picture"} for line in lines] == [True] * 2
+    page = (undisturbed / "report.html").read_text()
+    assert "All steps are done" in page
+    assert page.count("<img ") == 2
+
+
+def test_a_row_of_the_log_says_how_fast_and_how_full(undisturbed):
+    rows = [json.loads(line) for line in (undisturbed / "log.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if row["kind"] == "train"]
+    assert [row["records"] for row in trained] == [2, 4, 6, 8, 10, 12]
+    assert [row["pictures"] for row in trained] == [2, 2, 4, 2, 2, 4]  # every third step is about pairs
+    vision, *whole = trained
+    assert vision["tokens"] == 0  # the language model waits
+    for row in whole:
+        assert 32 < row["tokens"] < 2 * 160
+        assert 0 < row["padding"] < 0.9
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds_per_step"], rel=1e-4)
+        assert 0 <= row["data_wait_share"] <= 1
+        assert "mfu" not in row  # of a CPU no peak is known
+    assert trained[-1]["seconds_left"] == 0
+    assert [row["kind"] for row in rows if row["kind"] in ("start", "end")] == ["start", "end"]
 
 
 def test_a_checkpoint_is_exported_without_the_optimizer(undisturbed, tmp_path):
@@ -170,3 +200,22 @@ def test_the_loss_falls(undisturbed):
 def test_another_recipe_does_not_continue_a_run(undisturbed):
     with pytest.raises(UserError, match="another recipe"):
         train(dataclasses.replace(small(undisturbed), seed=1))
+
+
+@pytest.mark.parametrize(
+    ("changed", "step", "checkpoint"),
+    [
+        ({"optimizer": OptimizerRecipe(learning_rate=1e30)}, 2, "the last checkpoint is of step 1"),
+        ({"new_model": {"initializer_range": 1e30}}, 1, "no checkpoint was saved"),
+    ],
+)
+def test_a_loss_that_is_no_number_ends_the_run_even_at_its_first_step(tmp_path, changed, step, checkpoint):
+    recipe = dataclasses.replace(small(tmp_path), auxiliary=None, save_every=1, evaluate_every=4, evaluate_samples=0)
+    if "new_model" in changed:
+        changed = {"new_model": dataclasses.replace(recipe.new_model, **changed["new_model"])}
+    changed = {"optimizer": OptimizerRecipe(learning_rate=0.01)} | changed
+    with pytest.raises(FloatingPointError, match=f"of step {step} is .*train scenes of rows .*; {checkpoint}"):
+        train(dataclasses.replace(recipe, **changed))
+    assert [row["step"] for row in logged(tmp_path)] == list(range(1, step))
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["how"] == "not a number"
+    assert f"of step {step} is" in (tmp_path / "report.html").read_text()

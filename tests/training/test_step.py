@@ -15,6 +15,7 @@ from qwenvl_jax.nn.attention import causal_mask
 from qwenvl_jax.processing.template import Segment
 from qwenvl_jax.training.auxiliary import CellHead, CellTargets, cell_loss, start_local
 from qwenvl_jax.training.evaluation import device_batch, evaluate
+from qwenvl_jax.training.loss import NEXT_TOKEN
 from qwenvl_jax.training.recipe import NewModel
 from qwenvl_jax.training.step import batch_loss, make_evaluation_step, named_parameters
 
@@ -91,8 +92,7 @@ def test_packed_rows_equal_separate_sequences(model, rows, step):
     batch = device_batch(collate(chosen, rows.config.visual.n_queries))
 
     def packed(model):
-        total, _, count = batch_loss({"model": model}, batch)
-        return total / count
+        return batch_loss({"model": model}, batch)[0] / NEXT_TOKEN.units(batch)
 
     value, grads = jax.jit(jax.value_and_grad(packed))(model)
     expected, expected_grads = jax.value_and_grad(separate_loss)(model, chosen)
