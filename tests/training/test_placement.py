@@ -14,7 +14,7 @@ from qwenvl_jax.data.scene_rows import SceneRecipe, SceneRows
 from qwenvl_jax.training.build import auxiliary_schedule, build_modules, divide
 from qwenvl_jax.training.evaluation import device_batch
 from qwenvl_jax.training.optimizer import OptimizerRecipe, make_optimizer
-from qwenvl_jax.training.parts import Part, Parts
+from qwenvl_jax.training.parts import Part, Parts, VisionPart
 from qwenvl_jax.training.placement import MeshRecipe, Placement
 from qwenvl_jax.training.recipe import NewModel, Recipe
 from qwenvl_jax.training.step import TrainState, make_train_step
@@ -110,7 +110,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
 
 
 def test_frozen_parts_stay_and_have_no_memory():
-    parts = Parts(vision=Part(freeze=True), embeddings=Part(freeze=True), resampler=Part(learning_rate=0.002))
+    parts = Parts(vision=VisionPart(freeze=True), embeddings=Part(freeze=True), resampler=Part(learning_rate=0.002))
     step = one_step(dataclasses.replace(BASE, parts=parts))
     kept = {path for path in step.before if np.array_equal(step.before[path], step.after[path])}
     frozen = {path for path in step.before if parts.of(path).freeze}
