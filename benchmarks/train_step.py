@@ -95,7 +95,11 @@ def ours(model: QwenVL, processor: Processor, records: list[Record], packing: bo
     length = options.tokens[1] + 12  # a row as long as the longest record, or attention has more to do
     rows = round(options.records_per_step * average / length) if packing else options.records_per_step
     batches = RecordBatches(
-        BatchRecipe(max_length=length, packing=packing), Mixture([records]), processor, rows, epochs=1
+        BatchRecipe(max_length=length, packing=packing, pictures=options.records_per_step + packing),
+        Mixture([records]),
+        processor,
+        rows,
+        epochs=1,
     )
     made = [{name: jnp.asarray(value[None]) for name, value in batches[i].items()} for i in range(len(batches))]
     learn = _learner({"model": model}, batches.longest)

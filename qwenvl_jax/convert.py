@@ -75,11 +75,11 @@ def convert(
 
 def _convert_run(given: argparse.Namespace) -> int:
     """A checkpoint of a training run, of which the parameters alone are read."""
-    if given.format != "safetensors" or given.quantize or given.merge_adapter:
+    if given.format != "safetensors" or given.dtype or given.quantize or given.merge_adapter:
         raise UserError(f"{given.source}: a run's checkpoint; convert it without other options first, then the result")
     from qwenvl_jax.training.export import export_checkpoint  # the trainer is for this source alone
 
-    export_checkpoint(given.source, given.destination, given.dtype)
+    export_checkpoint(given.source, given.destination)
     print(f"{given.source} written to {given.destination}")
     return 0
 

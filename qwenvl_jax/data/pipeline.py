@@ -1,7 +1,8 @@
 """Grain pipelines: random-access sources, read ahead in worker processes."""
 
 import contextlib
-from collections.abc import Generator
+import gc
+from collections.abc import Generator, Iterator
 
 import grain
 import numpy as np
@@ -49,8 +50,22 @@ def ahead(source, *, first: int, workers: int, stop: int | None = None) -> Gener
     The order is the same for any number of workers.
     """
     if first < len(source):
-        with contextlib.closing(iter(_dataset(source, first, workers, buffer=1, stop=stop))) as made:
+        with closing(iter(_dataset(source, first, workers, buffer=1, stop=stop))) as made:
             yield from made
+
+
+@contextlib.contextmanager
+def closing(made) -> Iterator:
+    """`contextlib.closing` for Grain's iterators.
+
+    Their threads end in an exception, and its cycle of references holds the last element, which is shared memory: left
+    to the end of the program, it would be reported as leaked.
+    """
+    try:
+        with contextlib.closing(made):
+            yield made
+    finally:
+        gc.collect()
 
 
 def _dataset(source, first: int, workers: int, buffer: int, stop: int | None = None):

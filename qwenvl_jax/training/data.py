@@ -11,7 +11,7 @@ import numpy as np
 
 from qwenvl_jax.config import QwenVLConfig, UserError
 from qwenvl_jax.data.mixture import Mixture
-from qwenvl_jax.data.pipeline import batches
+from qwenvl_jax.data.pipeline import batches, closing
 from qwenvl_jax.data.record_batches import RecordBatches, record_batches
 from qwenvl_jax.data.records import open_records
 from qwenvl_jax.data.scene_rows import SceneRows
@@ -79,7 +79,7 @@ def _scenes(recipe: Recipe, processor: Processor, vocabulary: Path, placement: P
 
     def from_step(first: int) -> Generator[Batch]:
         drawn = batches(rows, first=first, workers=recipe.workers, splits=recipe.accumulate, share=placement.rows)
-        with contextlib.closing(drawn):
+        with closing(drawn):
             yield from map(device_batch, drawn)
 
     return RunData(

@@ -4,9 +4,7 @@
 memory.
 """
 
-import dataclasses
 from pathlib import Path
-from typing import Literal
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -38,9 +36,7 @@ def export_adapter(recipe: Recipe, model: QwenVL, folder: Path) -> None:
     save_adapter(model, folder, lora_recipe(recipe), base=recipe.start, generation_config=chat_settings(recipe))
 
 
-def export_checkpoint(
-    checkpoint: str | Path, destination: str | Path, export_dtype: Literal["bfloat16", "float32"] | None = None
-) -> None:
+def export_checkpoint(checkpoint: str | Path, destination: str | Path) -> None:
     """Writes the model of a run's checkpoint as a Hugging Face folder, or its adapter in PEFT's format.
 
     checkpoint: a folder `RUN/checkpoints/STEP`; the recipe beside it names the model that was trained, and must find it
@@ -48,8 +44,6 @@ def export_checkpoint(
     """
     checkpoint = Path(checkpoint).absolute()
     recipe = read_recipe(checkpoint.parent.parent / "recipe.yaml")
-    if export_dtype is not None:
-        recipe = dataclasses.replace(recipe, export_dtype=export_dtype)
     placement = Placement(MeshRecipe(), 1)
     modules, _, vocabulary = build_modules(recipe, placement)
     trained, frozen, rebuild = divide(modules, recipe, placement)

@@ -183,7 +183,7 @@ def rows_of(lengths: list[list[int]], tokens: int) -> np.ndarray:
 @pytest.mark.parametrize("branched", [False, True], ids=["whole", "branched"])
 @pytest.mark.parametrize("block", [64, 8, 7], ids=["one block", "equal blocks", "a short last block"])
 def test_rows_of_documents_are_attention_with_the_packed_mask(monkeypatch, block, branched):
-    monkeypatch.setattr(attention, "ROW_BLOCK", block)
+    monkeypatch.setattr(attention, "ROW_BLOCKS", (block, block))
     group = rows_of([[5, 1, 9, 8], [9, 9], [3]], 24)
     # Of each document two tokens are shared, then come branches of three.
     number = np.arange(24) - np.array([np.searchsorted(np.maximum.accumulate(row), row) for row in group])
@@ -205,7 +205,7 @@ def test_rows_of_documents_are_attention_with_the_packed_mask(monkeypatch, block
 
 def test_rows_of_documents_look_no_further_back_than_the_longest(monkeypatch):
     """No array in the program, forwards and backwards, is as large as the scores of a whole row."""
-    monkeypatch.setattr(attention, "ROW_BLOCK", 16)
+    monkeypatch.setattr(attention, "ROW_BLOCKS", (16, 16))
     q, k, v = random_qkv(1, 128, 128, heads=1)
     rows = PackedRows(rows_of([[32, 32, 32, 32]], 128), longest=32)
     program = jax.make_jaxpr(jax.grad(lambda q: attend_rows(q, k, v, rows).sum()))(q)

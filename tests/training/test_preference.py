@@ -124,7 +124,7 @@ def alone(model, processor):
 
 @pytest.mark.parametrize("block", [512, 32], ids=["rows", "rows in blocks"])
 def test_pairs_in_a_row_equal_answers_alone(model, batches, alone, monkeypatch, block):
-    monkeypatch.setattr(attention, "ROW_BLOCK", block)
+    monkeypatch.setattr(attention, "ROW_BLOCKS", (block, block))
     assert len(batches) == 1
     assert max(len(row) for row in batches.plan[0][1]) >= 2
     batch = batches[0]

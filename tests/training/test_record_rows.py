@@ -108,7 +108,7 @@ BACKENDS = {
 def hidden_of(request, batches, monkeypatch):
     """A forward pass that attends in one of the ways of `nn.attention`."""
     if "in blocks" in request.param:
-        monkeypatch.setattr(attention, "ROW_BLOCK", 32)
+        monkeypatch.setattr(attention, "ROW_BLOCKS", (32, 32))
         monkeypatch.setattr(attention, "LONGEST_DENSE", 32)
     mask_of = BACKENDS[request.param]
     return partial(record_hidden, longest=batches.longest) if mask_of is None else partial(hidden_with, mask_of)
