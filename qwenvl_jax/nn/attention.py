@@ -157,29 +157,36 @@ def attend_rows(q: jax.Array, k: jax.Array, v: jax.Array, rows: PackedRows) -> j
     """`attend` with the mask of `packed_mask`, for rows as `PackedRows` says. q, k, v [B, T, N, H].
 
     A block of queries is compared with itself and the `longest` tokens before it: work grows with T x longest, not with
-    T x T, and neither mask nor scores of a whole row ever exist.
+    T x T, and neither mask nor scores of a whole row ever exist. Exponentials are divided by their sum after the
+    product with the values, where there are H numbers of a query in place of S: on a CPU that halves the time.
     """
     length = q.shape[1]
+    precision = full_precision(v.dtype)
 
+    @jax.checkpoint  # a block's scores are computed again in the backward pass instead of kept for it
     def block(q, k, v, queries, keys):
         (group, branch), (key_group, key_branch) = queries, keys
-        ahead = k.shape[1] - q.shape[1]  # keys before the first query
-        causal = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool), ahead)
+        ahead = k.shape[2] - q.shape[2]  # keys before the first query
+        causal = jnp.tril(jnp.ones((q.shape[2], k.shape[2]), bool), ahead)
         mask = causal & (group[:, :, None] == key_group[:, None, :]) & (key_group[:, None, :] > 0)
         if branch is not None:
             mask &= (key_branch[:, None, :] == 0) | (branch[:, :, None] == key_branch[:, None, :])
-        return _attend(q, k, v, mask)
+        scores = jnp.einsum("bnth,bnsh->bnts", q, k, precision=precision, preferred_element_type=jnp.float32)
+        scores = jnp.where(mask[:, None], scores * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+        powers = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+        mixed = jnp.einsum(
+            "bnts,bnsh->bnth", powers.astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32
+        )
+        return (mixed / jnp.sum(powers, axis=-1, keepdims=True)).astype(v.dtype)
 
     labels = rows.group, rows.branch
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
     least, most = ROW_BLOCKS
     width = min(max(least, length // 8), most)
-    if length <= width:
-        return block(q, k, v, labels, labels)
     mixed = []
     for start in range(0, length, width):
         own = slice(start, min(start + width, length))
         seen = slice(max(0, start + 1 - rows.longest), own.stop)
-        # A block's scores are computed again in the backward pass instead of kept for it.
         queries, keys = (jax.tree.map(lambda x, part=part: x[:, part], labels) for part in (own, seen))
-        mixed.append(jax.checkpoint(block)(q[:, own], k[:, seen], v[:, seen], queries, keys))
-    return jnp.concatenate(mixed, axis=1)
+        mixed.append(block(q[:, :, own], k[:, :, seen], v[:, :, seen], queries, keys))
+    return jnp.concatenate(mixed, axis=2).transpose(0, 2, 1, 3)
