@@ -35,10 +35,9 @@ from qwenvl_jax.training.record_rows import record_hidden
 from qwenvl_jax.training.step import TrainState, packed_hidden
 
 GIB = 2**30
-# Effort towards fast programs, that is. Memory is the same, and the TPU compiler takes less than half the time.
-LITTLE_EFFORT: dict[str, Any] = {"exec_time_optimization_effort": -1.0}
-
-
+# Effort towards fast programs, that is. Memory is the same, and the TPU compiler takes less than half the time. Later
+# versions of JAX have no such option.
+LITTLE_EFFORT: dict[str, Any] = {"exec_time_optimization_effort": -1.0} if jax.__version_info__ < (0, 11) else {}
 PAIRS = 8  # of answers in a row of a preference run; they weigh next to nothing
 
 
