@@ -192,16 +192,11 @@ def test_slices():
 @pytest.mark.parametrize(("gibibytes", "status"), [("1", 0), ("0.01", 1), ("much", 2)])
 def test_the_command(tmp_path, gibibytes, status):
     """For 16 devices, more than this process has; nothing is written."""
-    command = [
-        sys.executable,
-        "train.py",
-        "configs/tiny.yaml",
-        "--output",
-        str(tmp_path / "run"),
-        "--plan.devices",
-        "16",
-    ]
-    command += ["--plan.device", gibibytes, "--mesh.preset", "fsdp", "--optimizer.name", "adamw"]
+    flags = (
+        "--new-model.layers 1 --new-model.vision-layers 1 --mesh.preset fsdp --optimizer.name adamw --plan.devices 16"
+    )
+    where = ["--output", str(tmp_path / "run"), "--plan.device", gibibytes]
+    command = [sys.executable, "train.py", "configs/tiny.yaml", *flags.split(), *where]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == status, done.stdout + done.stderr
     assert not list(tmp_path.iterdir())

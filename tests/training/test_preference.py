@@ -289,6 +289,7 @@ def test_the_reference_is_the_model_without_the_adapter(run, files, model, proce
     np.testing.assert_allclose(known[some], [[log_p for log_p, _ in pair] for pair in expected], rtol=2e-6)
 
 
+@pytest.mark.parametrize("way", ["lora"], indirect=True)
 def test_a_killed_run_resumes_bit_for_bit_with_the_same_reference(run, files, way, tmp_path):
     """What a kill between steps 2 and 4 leaves: the state of step 2, and a log that is ahead of it."""
     killed = tmp_path / "killed"
@@ -304,6 +305,7 @@ def test_a_killed_run_resumes_bit_for_bit_with_the_same_reference(run, files, wa
     assert (killed / "reference.npy").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("way", ["full"], indirect=True)
 def test_a_mesh_takes_the_same_steps(run, files, way, tmp_path):
     recipe = recipe_of(files, tmp_path, mesh=MeshRecipe("fsdp"), evaluate_every=9, **WAYS[way])
     recipe = dataclasses.replace(recipe, records=dataclasses.replace(recipe.records, validation=()))
