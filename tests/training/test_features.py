@@ -38,7 +38,7 @@ def recipe(tmp_path_factory) -> Recipe:
     )
     return Recipe(
         new_model=MODEL, records=records, parts=FROZEN, optimizer=OptimizerRecipe(learning_rate=1e-3), steps=4,
-        batch_size=2, log_every=1, evaluate_every=4, save_every=2, keep=2, export_dtype="float32",
+        batch_size=2, log_every=1, evaluate_every=4, evaluate_samples=0, save_every=2, keep=2, export_dtype="float32",
     )  # fmt: skip
 
 
