@@ -14,7 +14,7 @@ VERSION = $$($(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])')
 PICTURE := qwenvl_jax/assets/pictures/word.png
 QUESTION := Where is the yellow cross?
 
-.PHONY: demo test parity lint types format env lock dist clean
+.PHONY: demo test test-long parity lint types format env lock dist clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -28,7 +28,11 @@ demo: $(VENV)/.stamp
 	$(RUN) demo.py
 
 test: $(VENV)/.stamp
-	$(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(RUN) -m pytest -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# Runs of the trainer that take long: several processes, several stages. No part of `make test`.
+test-long: $(VENV)/.stamp
+	$(RUN) -m pytest -m long --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Against transformers on torch, which have an environment of their own.
 parity: $(VENV)-parity/.stamp

@@ -74,6 +74,7 @@ def test_losses_are_those_of_a_run_without_and_it_resumes(recipe, plain, tmp_pat
     assert {path: path.stat().st_mtime_ns for path in files} == times
 
 
+@pytest.mark.long
 def test_an_adapter_learns_from_cached_features(recipe, plain, tmp_path):
     lora = LoraRecipe(rank=2, dropout=0)
     adapter = dataclasses.replace(recipe, start=str(plain / "model-4"), lora=lora, parts=Parts())

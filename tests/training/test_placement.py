@@ -137,6 +137,7 @@ def test_bfloat16_with_and_without_masters(plain, masters):
     assert {value.dtype for value in step.gradients.values()} == {jnp.dtype("float32")}
 
 
+@pytest.mark.long
 def test_muon_learns_on_a_mesh(plain):
     optimizer = OptimizerRecipe(name="muon", learning_rate=0.003)
     recipe = dataclasses.replace(BASE, mesh=MeshRecipe("fsdp_tensor"), optimizer=optimizer)

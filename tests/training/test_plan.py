@@ -101,6 +101,7 @@ def test_fsdp_fetches_weights_and_never_the_batch(tmp_path):
     assert max(map(math.prod, of_all_rows)) <= tokens * DIM
 
 
+@pytest.mark.long
 def test_qlora_keeps_no_widened_layer(tmp_path):
     """Eight more layers cost the step less than their weights in a wider form, though it keeps all else for the
     backward pass.

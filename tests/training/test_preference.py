@@ -306,6 +306,7 @@ def test_a_killed_run_resumes_bit_for_bit_with_the_same_reference(run, files, wa
     assert (killed / "reference.npy").stat().st_mtime_ns == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", ["lora"], indirect=True)
 def test_a_mesh_takes_the_same_steps(run, files, way, tmp_path):
     recipe = recipe_of(files, tmp_path, mesh=MeshRecipe("fsdp"), evaluate_every=9, **WAYS[way])

@@ -21,6 +21,8 @@ from qwenvl_jax.training.optimizer import OptimizerRecipe
 from qwenvl_jax.training.placement import MeshRecipe
 from qwenvl_jax.training.recipe import Recipe, RecordsRecipe
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 PICTURE = ROOT / "qwenvl_jax" / "assets" / "pictures" / "word.png"
 RUN = """

@@ -35,6 +35,7 @@ def losses(output: Path) -> list[float]:
     return [row["loss"] for row in rows if row["kind"] == "train"]
 
 
+@pytest.mark.long
 def test_an_adapter_beside_quantised_weights_learns(records, tmp_path):
     done = train(
         "configs/lora.yaml", "--start", "tiny", "--quantize", "nf4", "--output", tmp_path / "run",

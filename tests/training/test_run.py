@@ -114,6 +114,7 @@ def test_a_killed_run_resumes_bit_for_bit(undisturbed, tmp_path):
     assert logged(run) == logged(undisturbed)
 
 
+@pytest.mark.long
 def test_sigterm_saves_and_ends_well(undisturbed, tmp_path):
     """What a cluster sends before it takes a machine away; here once the first step is done, between checkpoints."""
     run = tmp_path / "run"

@@ -14,6 +14,8 @@ from qwenvl_jax.checkpoints.assemble import VISUAL, assemble
 from qwenvl_jax.training.recipe import Recipe, read_recipe
 from qwenvl_jax.training.run import train
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 PICTURE = ROOT / "qwenvl_jax" / "assets" / "pictures" / "word.png"
 VISION = {"width": 32, "layers": 1, "head_width": 16, "mlp_ratio": 2.0, "patch_size": 14, "image_size": 28}
