@@ -255,7 +255,7 @@ ADAPTER = {"lora": LoraRecipe(rank=4, dropout=0.0)}
 WAYS = {"full": {}, "lora": ADAPTER}
 
 
-@pytest.fixture(scope="module", params=WAYS)
+@pytest.fixture(scope="module", params=["lora", pytest.param("full", marks=pytest.mark.long)])
 def way(request):
     return request.param
 
