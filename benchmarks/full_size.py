@@ -20,28 +20,12 @@ from qwenvl_jax.checkpoints.adapters import add_adapters, trainable_paths
 from qwenvl_jax.config import QwenVLConfig, VisionConfig
 from qwenvl_jax.models.qwen_vl import QwenVL
 from qwenvl_jax.nn.lora import LoraRecipe
+from qwenvl_jax.training.flops import step_cost
 from qwenvl_jax.training.optimizer import OptimizerRecipe, make_optimizer
 from qwenvl_jax.training.record_rows import record_hidden
 from qwenvl_jax.training.step import TrainState, make_train_step, named_parameters
 
 RELEASED = QwenVLConfig(151936, 4096, 32, 32, 22016, VisionConfig(448, 14, 1664, 48, 16, 4.9231, 4096))
-
-
-def needed_flops(config: QwenVLConfig, rows: int, length: int, rank: int) -> float:
-    """What one step of LoRA needs, two for each product and sum; recomputation does not count.
-
-    A frozen matrix takes part in the forward pass and in the gradient of its input (4 per weight and token), one of the
-    adapter in that of its weights, too (6), the vision tower in the forward pass alone (2).
-    """
-    # The join with the trainer's own count of FLOPs goes here.
-    dim, mlp, layers, tokens = config.hidden_size, config.mlp_width, config.num_hidden_layers, rows * length
-    frozen = layers * (4 * dim * dim + 3 * dim * mlp) + dim * config.vocab_size
-    adapter = layers * rank * ((dim + 3 * dim) + 2 * dim + 2 * (dim + mlp))  # c_attn, attn.c_proj, w1, w2
-    attention = 4 * layers * dim * length / 2  # causal: half of the scores, and of what they weigh
-    vision = config.visual
-    patches = (vision.image_size // vision.patch_size) ** 2
-    per_patch = vision.layers * (4 * vision.width**2 + 2 * vision.width * vision.mlp_width + 2 * vision.width * patches)
-    return tokens * (4 * frozen + 6 * adapter + 3 * attention) + rows * patches * 2 * per_patch
 
 
 def full_rows(config: QwenVLConfig, rows: int, length: int) -> dict[str, jax.Array]:
@@ -93,7 +77,9 @@ def measure_full_size(options, config: QwenVLConfig = RELEASED) -> dict:
         state, metrics = compiled(state, params, batch)
         jax.block_until_ready(metrics)
         seconds.append(time.perf_counter() - start)
-    device, flops = jax.devices()[0], needed_flops(config, options.rows, options.length, options.lora_rank)
+    device, rows, length = jax.devices()[0], options.rows, options.length
+    learnt = int(jnp.sum(batch["targets"] >= 0))
+    flops = step_cost(config, state.params).flops(rows * length, rows * length * (length + 1) / 2, learnt, rows)
     memory = device.memory_stats() or {}
     median = statistics.median(seconds[1:])
     return {
