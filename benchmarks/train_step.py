@@ -40,6 +40,7 @@ from qwenvl_jax.processing.processor import Processor
 from qwenvl_jax.processing.template import IGNORED
 from qwenvl_jax.processing.tokenizer import Tokenizer
 from qwenvl_jax.sharding import param_paths
+from qwenvl_jax.training.data import stacked
 from qwenvl_jax.training.optimizer import OptimizerRecipe, make_optimizer
 from qwenvl_jax.training.recipe import NewModel
 from qwenvl_jax.training.record_rows import record_hidden
@@ -56,6 +57,7 @@ class Options:
     records: int = 96
     tokens: tuple[int, int] = (100, 500)  # of a record, picture included; every ratio between them equally likely
     records_per_step: int = 8  # of the padded batches, and about as many in the packed ones
+    accumulate: int = 2  # batches whose gradients a step adds up here: half as much memory stays in caches
     repetitions: int = 5  # passes over all records
     torch_threads: tuple[int, ...] = tuple(sorted({1, os.cpu_count() or 1}))  # each is tried; the fastest counts
     full_size: bool = False  # LoRA of the 9.6B model instead, on a GPU
@@ -93,15 +95,18 @@ def ours(model: QwenVL, processor: Processor, records: list[Record], packing: bo
     """A function that learns all records once, and (steps, share of padding) of that."""
     average = np.mean([len(processor.training_tokens(record.messages)[0]) for record in records])
     length = options.tokens[1] + 12  # a row as long as the longest record, or attention has more to do
-    rows = round(options.records_per_step * average / length) if packing else options.records_per_step
+    parts = options.accumulate
+    rows = round(options.records_per_step / parts * (average / length if packing else 1))
     batches = RecordBatches(
-        BatchRecipe(max_length=length, packing=packing, pictures=options.records_per_step + packing),
+        BatchRecipe(max_length=length, packing=packing, pictures=options.records_per_step // parts + packing),
         Mixture([records]),
         processor,
         rows,
         epochs=1,
     )
-    made = [{name: jnp.asarray(value[None]) for name, value in batches[i].items()} for i in range(len(batches))]
+    all_batches = [batches[i] for i in range(len(batches))]
+    steps = [stacked(all_batches[i : i + parts]) for i in range(0, len(batches), parts)]
+    made = jax.tree.map(jnp.asarray, steps)
     learn = _learner({"model": model}, batches.longest)
     counts = [batches.counts(number) for number in range(len(batches))]
     space = sum(rows * batches.plan[number][0] for number in range(len(batches)))

@@ -54,9 +54,10 @@ class RecordBatches:
     measures: where they are known already, else `workers` processes make them, and the file `cache` remembers them;
     features: where those of all pictures are cached, batches hold them in place of the pixels; pairs: whether a record
     is a chosen and a rejected answer (`pairs.py`), which is never cut, and left out where it is too long.
-    `len()` is the number of batches; `longest`, the most tokens of a record, is static for `nn.attention.PackedRows`;
-    `skipped` says of each record left out why, and `cut` counts those that lose text. Raises UserError when records are
-    bad (unless told to skip them), none is left, or rows or picture slots do not divide among the processes.
+    `len()` is the number of batches; `longest`, the most tokens of a record, is static for
+    `nn.row_attention.PackedRows`; `skipped` says of each record left out why, and `cut` counts those that lose text.
+    Raises UserError when records are bad (unless told to skip them), none is left, or rows or picture slots do not
+    divide among the processes.
     """
 
     def __init__(
@@ -165,8 +166,8 @@ class RecordBatches:
         S]: pixels, zeros in slots without a picture; absent where no record has one. Where features are cached, they
         take their place as features [I, Q, D], in the model's dtype.
 
-        Pairs also have branch int32 [B, T] (`nn.attention.PackedRows`); target_answer int32 [B, T], the answer that a
-        target is of, 2 m for the chosen one of the row's record m = 0, 1, ... and 2 m + 1 for the rejected one; and
+        Pairs also have branch int32 [B, T] (`nn.row_attention.PackedRows`); target_answer int32 [B, T], the answer that
+        a target is of, 2 m for the chosen one of the row's record m = 0, 1, ... and 2 m + 1 for the rejected one; and
         record int32 [B, M], the index of record m, -1 where a row has fewer.
         """
         length, rows = self.plan[number]

@@ -17,10 +17,11 @@ from qwenvl_jax.config import QwenVLConfig, VisionConfig
 from qwenvl_jax.models.resampler import Resampler
 from qwenvl_jax.models.vit import Vit
 from qwenvl_jax.nn import cache as kv_cache
-from qwenvl_jax.nn.attention import PackedBlocks, PackedRows, attend, attend_packed, attend_rows
+from qwenvl_jax.nn.attention import PackedBlocks, attend, attend_packed
 from qwenvl_jax.nn.linear import Embedding, Linear
 from qwenvl_jax.nn.norm import LayerNorm, RMSNorm
 from qwenvl_jax.nn.rope import inverse_frequencies, logn_scale, ntk_alpha, rotary_table, rotate
+from qwenvl_jax.nn.row_attention import PackedRows, attend_rows
 from qwenvl_jax.sharding import along_batch
 
 Remat = Literal["none", "layers", "products"]
@@ -68,7 +69,7 @@ class Block(nnx.Module):
         they are stored at `context.cache_slot`, attention is over the whole cache, and the filled cache is returned.
         """
         qkv = self.qkv(self.norm_attention(x))  # [B, T, 3, D]
-        q, k, v = (qkv[..., i, :].reshape(*x.shape[:2], self.heads, -1) for i in range(3))
+        q, k, v = (part.reshape(*x.shape[:2], self.heads, -1) for part in jax.lax.split(qkv, (1, 1, 1), 2))
         q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
         if context.query_scale is not None:
             q = q * context.query_scale[..., None, None].astype(q.dtype)

@@ -17,6 +17,10 @@ from qwenvl_jax.nn.linear import Linear
 from qwenvl_jax.nn.norm import LayerNorm
 from qwenvl_jax.sharding import along_batch
 
+# So many layers train faster written out one after another: a loop stores what the backward pass needs in arrays of all
+# layers, piece by piece, and takes it out again. Compiling a deeper stack in that way would take minutes.
+FEW_LAYERS = 8
+
 
 def bicubic_weights(source: int, target: int) -> np.ndarray:
     """float32 [target, source]: one axis of torch's bicubic interpolation (a = -0.75, borders clamped, no
@@ -104,4 +108,5 @@ class Vit(nnx.Module):
         def body(x, block):
             return along_batch(block(x)), None
 
-        return jax.lax.scan(body, along_batch(self.embed(pixels)), self.blocks)[0]
+        unroll = self.config.layers if self.config.layers <= FEW_LAYERS else 1
+        return jax.lax.scan(body, along_batch(self.embed(pixels)), self.blocks, unroll=unroll)[0]

@@ -1,8 +1,6 @@
 """Masked dot-product attention (Vaswani et al. 2017) and the masks that the models use."""
 
-import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,9 +11,6 @@ from qwenvl_jax.nn.linear import full_precision
 # Queries whose scores against all keys are held at once. A longer prompt is processed in blocks, so that its float32
 # scores, which grow with the square of its length, never stand in memory as a whole.
 LONGEST_DENSE = 1024
-# The same for rows of packed documents, whose blocks look no further back than a document is long: an eighth of the row
-# between these bounds. Small blocks compare less in vain, and on a CPU their scores stay in its caches.
-ROW_BLOCKS = 128, 512
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -137,56 +132,3 @@ def attend_packed(q: jax.Array, k: jax.Array, v: jax.Array, mask: PackedBlocks) 
     head = attend(q[:, :prefix], k[:, :prefix], v[:, :prefix], mask.prefix)
     rest = attend(tail(q), with_prefix(k), with_prefix(v), mask.blocks)
     return jnp.concatenate([head, rest.reshape(q.shape[0], -1, *q.shape[2:])], axis=1)
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=("group", "branch"), meta_fields=("longest",))
-@dataclasses.dataclass(frozen=True)
-class PackedRows:
-    """Rows of whole documents one after another: each token sees the earlier ones of its own document, and itself.
-
-    A document with branches is what they share and then the branches, which do not see each other. `packed_mask(group,
-    branch)` says the same as an array. `longest` is static: attention looks no further back.
-    """
-
-    group: jax.Array  # int [B, T]: a document's tokens share a number above 0 and are adjacent; 0 for padding
-    longest: int  # tokens; no document of any row has more, its branches included
-    branch: jax.Array | None = None  # int [B, T]: 0 for what is shared, else which branch; None: nothing branches
-
-
-def attend_rows(q: jax.Array, k: jax.Array, v: jax.Array, rows: PackedRows) -> jax.Array:
-    """`attend` with the mask of `packed_mask`, for rows as `PackedRows` says. q, k, v [B, T, N, H].
-
-    A block of queries is compared with itself and the `longest` tokens before it: work grows with T x longest, not with
-    T x T, and neither mask nor scores of a whole row ever exist. Exponentials are divided by their sum after the
-    product with the values, where there are H numbers of a query in place of S: on a CPU that halves the time.
-    """
-    length = q.shape[1]
-    precision = full_precision(v.dtype)
-
-    @jax.checkpoint  # a block's scores are computed again in the backward pass instead of kept for it
-    def block(q, k, v, queries, keys):
-        (group, branch), (key_group, key_branch) = queries, keys
-        ahead = k.shape[2] - q.shape[2]  # keys before the first query
-        causal = jnp.tril(jnp.ones((q.shape[2], k.shape[2]), bool), ahead)
-        mask = causal & (group[:, :, None] == key_group[:, None, :]) & (key_group[:, None, :] > 0)
-        if branch is not None:
-            mask &= (key_branch[:, None, :] == 0) | (branch[:, :, None] == key_branch[:, None, :])
-        scores = jnp.einsum("bnth,bnsh->bnts", q, k, precision=precision, preferred_element_type=jnp.float32)
-        scores = jnp.where(mask[:, None], scores * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
-        powers = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-        mixed = jnp.einsum(
-            "bnts,bnsh->bnth", powers.astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32
-        )
-        return (mixed / jnp.sum(powers, axis=-1, keepdims=True)).astype(v.dtype)
-
-    labels = rows.group, rows.branch
-    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-    least, most = ROW_BLOCKS
-    width = min(max(least, length // 8), most)
-    mixed = []
-    for start in range(0, length, width):
-        own = slice(start, min(start + width, length))
-        seen = slice(max(0, start + 1 - rows.longest), own.stop)
-        queries, keys = (jax.tree.map(lambda x, part=part: x[:, part], labels) for part in (own, seen))
-        mixed.append(block(q[:, :, own], k[:, :, seen], v[:, :, seen], queries, keys))
-    return jnp.concatenate(mixed, axis=2).transpose(0, 2, 1, 3)

@@ -18,6 +18,7 @@ from qwenvl_jax.config import QwenVLConfig, UserError
 from qwenvl_jax.data.scenes import COLORS, GLYPHS, SHAPES, SIZES
 from qwenvl_jax.models.quantised import quantised_linears
 from qwenvl_jax.models.qwen_vl import QwenVL, unstack, with_image_size
+from qwenvl_jax.models.vit import FEW_LAYERS
 from qwenvl_jax.nn.lora import LoraRecipe
 from qwenvl_jax.processing.tokenizer import Tokenizer
 from qwenvl_jax.sharding import on_mesh
@@ -27,8 +28,6 @@ from qwenvl_jax.training.placement import Placement
 from qwenvl_jax.training.preference import preference_objective
 from qwenvl_jax.training.recipe import Recipe
 from qwenvl_jax.training.step import Parameters, make_train_step, named_parameters
-
-FEW_LAYERS = 8  # run faster one by one; a deeper stack is scanned, or compiling takes minutes
 
 
 def build_modules(recipe: Recipe, placement: Placement) -> tuple[dict[str, nnx.Module], QwenVLConfig, Path]:

@@ -149,7 +149,7 @@ def _records(recipe: Recipe, processor: Processor, placement: Placement, cache: 
         numbers = {"first": first * splits, "stop": stop * splits}
         with contextlib.closing(record_batches(records, **numbers, workers=recipe.workers)) as made:
             for _ in range(first, stop):
-                yield _stack([next(made) for _ in range(splits)])
+                yield stacked([next(made) for _ in range(splits)])
 
     skipped = records.skipped
     notes = [f"left out: {reason}" for reason in skipped[:5]]
@@ -177,8 +177,8 @@ def _cache(recipe: Recipe) -> Path:
     return Path(recipe.output) / "measured"
 
 
-def _stack(made: list[Batch]) -> Batch:
-    """Batches in one, [A, ...]; shorter rows are padded to the longest."""
+def stacked(made: list[Batch]) -> Batch:
+    """The batches of a step in one, [A, ...]; shorter rows are padded to the longest."""
     length = max(batch["ids"].shape[1] for batch in made)
     padding = {"slots": -1, "targets": -100}
 

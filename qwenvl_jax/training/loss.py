@@ -43,8 +43,10 @@ def target_log_probs(model, hidden: jax.Array, positions: jax.Array, targets: ja
         return jnp.moveaxis(padded.reshape(rows, -1, width, *x.shape[2:]), 1, 0)
 
     def of_chunk(hidden, targets):
-        log_p = jax.nn.log_softmax(along_batch(model.logits(along_batch(hidden))))
-        log_p = jnp.take_along_axis(log_p, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+        logits = along_batch(model.logits(along_batch(hidden)))
+        # Not a gather of a log-softmax: its gradient is a scatter into zeros of the logits' size.
+        own = jnp.arange(logits.shape[-1]) == targets[..., None]
+        log_p = jnp.sum(jnp.where(own, logits, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
         return jnp.where(targets >= 0, log_p, 0.0)
 
     picked = parts(jnp.take_along_axis(hidden, positions[..., None], axis=1), 0), parts(targets, -100)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from qwenvl_jax.models.qwen_vl import Remat, frequencies
-from qwenvl_jax.nn.attention import PackedRows
+from qwenvl_jax.nn.row_attention import PackedRows
 
 
 def record_hidden(model, batch: dict[str, jax.Array], *, longest: int, remat: Remat = "none"):

@@ -10,17 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenvl_jax.nn import attention
+from qwenvl_jax.nn import row_attention
 from qwenvl_jax.nn.attention import (
-    PackedRows,
     attend,
     attend_packed,
     attend_parts,
-    attend_rows,
     causal_mask,
     packed_blocks,
     packed_mask,
 )
+from qwenvl_jax.nn.row_attention import PackedRows, attend_rows
 
 
 def random_qkv(rows, queries, keys, heads=2, head_dim=4, seed=0):
@@ -78,7 +77,7 @@ def test_blocks_of_queries_change_nothing(monkeypatch, masked):
         )(qkv)
 
     dense = outcome(q, k, v)
-    monkeypatch.setattr(attention, "LONGEST_DENSE", 5)
+    monkeypatch.setattr("qwenvl_jax.nn.attention.LONGEST_DENSE", 5)
     in_blocks = outcome(q, k, v)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), in_blocks, dense)
 
@@ -183,7 +182,7 @@ def rows_of(lengths: list[list[int]], tokens: int) -> np.ndarray:
 @pytest.mark.parametrize("branched", [False, True], ids=["whole", "branched"])
 @pytest.mark.parametrize("block", [64, 8, 7], ids=["one block", "equal blocks", "a short last block"])
 def test_rows_of_documents_are_attention_with_the_packed_mask(monkeypatch, block, branched):
-    monkeypatch.setattr(attention, "ROW_BLOCKS", (block, block))
+    monkeypatch.setattr(row_attention, "BLOCK_BOUNDS", (block, block))
     group = rows_of([[5, 1, 9, 8], [9, 9], [3]], 24)
     # Of each document two tokens are shared, then come branches of three.
     number = np.arange(24) - np.array([np.searchsorted(np.maximum.accumulate(row), row) for row in group])
@@ -205,9 +204,9 @@ def test_rows_of_documents_are_attention_with_the_packed_mask(monkeypatch, block
 
 def test_rows_of_documents_look_no_further_back_than_the_longest(monkeypatch):
     """No array in the program, forwards and backwards, is as large as the scores of a whole row."""
-    monkeypatch.setattr(attention, "ROW_BLOCKS", (16, 16))
+    monkeypatch.setattr(row_attention, "BLOCK_BOUNDS", (16, 16))
     q, k, v = random_qkv(1, 128, 128, heads=1)
     rows = PackedRows(rows_of([[32, 32, 32, 32]], 128), longest=32)
     program = jax.make_jaxpr(jax.grad(lambda q: attend_rows(q, k, v, rows).sum()))(q)
     sizes = [int(n) * int(m) for n, m in re.findall(r"(?:f32|bool)\[1,(?:1,)?(\d+),(\d+)\]", str(program))]
-    assert max(sizes) == 16 * (16 + 31)
+    assert max(sizes) == 16 * (16 + 32)

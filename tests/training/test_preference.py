@@ -23,7 +23,7 @@ from qwenvl_jax.data.mixture import Mixture
 from qwenvl_jax.data.record_batches import BatchRecipe, RecordBatches
 from qwenvl_jax.data.records import Record, open_records
 from qwenvl_jax.models.qwen_vl import QwenVL, frequencies
-from qwenvl_jax.nn import attention
+from qwenvl_jax.nn import row_attention
 from qwenvl_jax.nn.attention import causal_mask
 from qwenvl_jax.nn.lora import LoraRecipe
 from qwenvl_jax.processing.processor import Processor
@@ -124,7 +124,7 @@ def alone(model, processor):
 
 @pytest.mark.parametrize("block", [512, 32], ids=["rows", "rows in blocks"])
 def test_pairs_in_a_row_equal_answers_alone(model, batches, alone, monkeypatch, block):
-    monkeypatch.setattr(attention, "ROW_BLOCKS", (block, block))
+    monkeypatch.setattr(row_attention, "BLOCK_BOUNDS", (block, block))
     assert len(batches) == 1
     assert max(len(row) for row in batches.plan[0][1]) >= 2
     batch = batches[0]

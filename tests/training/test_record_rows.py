@@ -13,7 +13,7 @@ from qwenvl_jax.data.mixture import Mixture
 from qwenvl_jax.data.record_batches import BatchRecipe, RecordBatches
 from qwenvl_jax.data.records import Record
 from qwenvl_jax.models.qwen_vl import QwenVL, frequencies
-from qwenvl_jax.nn import attention
+from qwenvl_jax.nn import attention, row_attention
 from qwenvl_jax.nn.attention import causal_mask, packed_blocks, packed_mask
 from qwenvl_jax.processing.processor import Processor
 from qwenvl_jax.processing.template import IGNORED
@@ -106,9 +106,9 @@ BACKENDS = {
 
 @pytest.fixture(params=BACKENDS)
 def hidden_of(request, batches, monkeypatch):
-    """A forward pass that attends in one of the ways of `nn.attention`."""
+    """A forward pass that attends in one of the ways of `nn`."""
     if "in blocks" in request.param:
-        monkeypatch.setattr(attention, "ROW_BLOCKS", (32, 32))
+        monkeypatch.setattr(row_attention, "BLOCK_BOUNDS", (32, 32))
         monkeypatch.setattr(attention, "LONGEST_DENSE", 32)
     mask_of = BACKENDS[request.param]
     return partial(record_hidden, longest=batches.longest) if mask_of is None else partial(hidden_with, mask_of)
