@@ -26,7 +26,7 @@ from qwenvl_jax.processing.processor import Processor
 
 CHUNK = 64  # records that a worker measures at once
 FEW = 4096  # records are measured without workers: to start them takes longer
-_VERSION = "1"  # of what is measured; another one makes no use of older files
+_VERSION = "2"  # of what is measured; another one makes no use of older files
 
 
 class Source(Protocol):
@@ -63,13 +63,14 @@ class AllRecords:
 class Measures:
     """Of R records, in the order of their source; all int32 [R].
 
-    tokens: in all, 0 of a bad record. pictures: how many. needed: tokens that cutting must leave, see `Examination`.
-    problems: what is wrong with each bad record, by its index.
+    tokens: in all, 0 of a bad record. pictures: how many. needed: tokens that cutting must leave, and trained: the most
+    that are learnt, see `Examination`. problems: what is wrong with each bad record, by its index.
     """
 
     tokens: np.ndarray
     pictures: np.ndarray
     needed: np.ndarray
+    trained: np.ndarray
     problems: dict[int, str]
 
 
@@ -82,7 +83,7 @@ def measure(source: Source, processor: Processor, *, cache: Path | None = None, 
     vocabulary = _vocabulary_digest(processor)
     keys = [_key(source, index, vocabulary) for index in range(len(source))] if cache else []
     known = _read_cache(cache) if cache else {}
-    table = np.zeros((len(source), 3), np.int32)
+    table = np.zeros((len(source), 4), np.int32)
     unknown = [index for index in range(len(source)) if not keys or keys[index] not in known]
     for index in set(range(len(source))) - set(unknown):
         table[index] = known[keys[index]]
@@ -93,11 +94,12 @@ def measure(source: Source, processor: Processor, *, cache: Path | None = None, 
         problems |= wrong
     if cache and unknown:
         _write_cache(cache, {key: table[i] for i, key in enumerate(keys) if key and i not in problems})
-    return Measures(table[:, 0].copy(), table[:, 1].copy(), table[:, 2].copy(), problems)
+    tokens, pictures, needed, trained = (column.copy() for column in table.T)
+    return Measures(tokens, pictures, needed, trained, problems)
 
 
 class _Chunks:
-    """A random-access source of measures: int32 [n, 4] of index, tokens, pictures, needed, and problems by index."""
+    """A random-access source of measures: int32 [n, 5], index and measures, and problems by index."""
 
     def __init__(self, source: Source, processor: Processor, indexes: list[int]):
         self.source, self.processor, self.indexes = source, processor, indexes
@@ -109,10 +111,11 @@ class _Chunks:
         rows, problems = [], {}
         for index in self.indexes[number * CHUNK : (number + 1) * CHUNK]:
             seen = self._examine(index)
-            rows.append((index, 0, 0, 0) if seen.problems else (index, seen.tokens, seen.pictures, seen.needed))
+            found = (0, 0, 0, 0) if seen.problems else (seen.tokens, seen.pictures, seen.needed, seen.trained)
+            rows.append((index, *found))
             if seen.problems:
                 problems[index] = str(seen.problems[0])
-        return np.array(rows, np.int32).reshape(-1, 4), problems
+        return np.array(rows, np.int32).reshape(-1, 5), problems
 
     def _examine(self, index: int) -> Examination:
         try:
@@ -172,5 +175,5 @@ def _write_cache(path: Path, measures: dict[bytes, np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     keys = np.frombuffer(b"".join(measures), np.uint8).reshape(-1, 16)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial.npz")
-    np.savez(temporary, keys=keys, measures=np.array(list(measures.values()), np.int32).reshape(-1, 3))
+    np.savez(temporary, keys=keys, measures=np.array(list(measures.values()), np.int32).reshape(-1, 4))
     temporary.replace(path)

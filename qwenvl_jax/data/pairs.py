@@ -41,7 +41,7 @@ def measure_pairs(source: Source, processor: Processor, *, cache: Path | None = 
     A record without a rejected answer is a bad one.
     """
     measures = measure(source, processor, cache=cache, workers=workers)
-    tokens, problems = measures.tokens.copy(), dict(measures.problems)
+    tokens, trained, problems = measures.tokens.copy(), measures.trained.copy(), dict(measures.problems)
     between = len(template.newline(processor.tokenizer))  # behind a conversation, but not behind an answer here
     for index in range(len(source)):
         if index in problems:
@@ -51,5 +51,7 @@ def measure_pairs(source: Source, processor: Processor, *, cache: Path | None = 
             problem = Problem(record.where, "rejected", "missing", "give the answer that is liked less than the last")
             problems[index], tokens[index] = str(problem), 0
         else:
-            tokens[index] += len(processor.answer_tokens(record.rejected)) - between
-    return dataclasses.replace(measures, tokens=tokens, needed=tokens, problems=problems)
+            rejected = len(processor.answer_tokens(record.rejected))
+            tokens[index] += rejected - between
+            trained[index] += rejected
+    return dataclasses.replace(measures, tokens=tokens, needed=tokens, trained=trained, problems=problems)

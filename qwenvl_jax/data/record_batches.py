@@ -19,7 +19,7 @@ from qwenvl_jax.data.measure import AllRecords, Measures, measure
 from qwenvl_jax.data.mixture import Mixture
 from qwenvl_jax.data.pairs import measure_pairs, pair_tokens
 from qwenvl_jax.data.pipeline import ahead
-from qwenvl_jax.data.plan import BatchShape, make_plan, picture_slots
+from qwenvl_jax.data.plan import BUCKET_STEP, BatchShape, Plan, make_plan, picture_slots
 from qwenvl_jax.processing.images import preprocess
 from qwenvl_jax.processing.processor import Processor
 from qwenvl_jax.processing.template import IGNORED, Segment
@@ -118,6 +118,7 @@ class RecordBatches:
             batches=steps,
         )
         self.row_records = int(np.diff(self.plan.row_ends).max())  # the most records of a row
+        self.row_targets = _row_targets(self.plan, np.minimum(measures.trained, self.tokens))
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -161,20 +162,21 @@ class RecordBatches:
         """This process's share of a batch: B rows of T tokens and I pictures.
 
         int32 [B, T]: ids; slots (rows of the features of all processes' pictures, flattened; -1 at text); positions,
-        which restart in each record; group, the number of a record in its row from 1, 0 for padding; targets, the
-        trained tokens of a row, then IGNORED; and target_positions, of the token that predicts each. float32 [I, 3, S,
-        S]: pixels, zeros in slots without a picture; absent where no record has one. Where features are cached, they
-        take their place as features [I, Q, D], in the model's dtype.
+        which restart in each record; and group, the number of a record in its row from 1, 0 for padding. int32 [B, K]
+        with K <= T, the same for all batches of one T: targets, the trained tokens of a row, then IGNORED; and
+        target_positions, of the token that predicts each. float32 [I, 3, S, S]: pixels, zeros in slots without a
+        picture; absent where no record has one. Where features are cached, they take their place as features [I, Q,
+        D], in the model's dtype.
 
-        Pairs also have branch int32 [B, T] (`nn.row_attention.PackedRows`); target_answer int32 [B, T], the answer that
+        Pairs also have branch int32 [B, T] (`nn.row_attention.PackedRows`); target_answer int32 [B, K], the answer that
         a target is of, 2 m for the chosen one of the row's record m = 0, 1, ... and 2 m + 1 for the rejected one; and
         record int32 [B, M], the index of record m, -1 where a row has fewer.
         """
         length, rows = self.plan[number]
         own_rows, own_pictures = self._share(self.shape.rows), self._share(self.shape.pictures)
-        batch = _empty_rows(len(own_rows), length)
+        batch = _empty_rows(len(own_rows), length, self.row_targets[length])
         if self.pairs:
-            batch |= {name: np.zeros_like(batch["ids"]) for name in ("branch", "target_answer")}
+            batch |= {"branch": np.zeros_like(batch["ids"]), "target_answer": np.zeros_like(batch["targets"])}
             batch["record"] = np.full((len(own_rows), self.row_records), -1, np.int32)
         shown_as = self._empty_pictures(len(own_pictures))
         seen = 0  # pictures before a record
@@ -245,11 +247,24 @@ def record_batches(
     return ahead(batches, first=first, stop=stop, workers=workers)
 
 
-def _empty_rows(rows: int, length: int) -> dict[str, np.ndarray]:
-    batch = {name: np.zeros((rows, length), np.int32) for name in ("ids", "positions", "group", "target_positions")}
-    return batch | {
-        name: np.full((rows, length), fill, np.int32) for name, fill in (("slots", -1), ("targets", IGNORED))
-    }
+def _empty_rows(rows: int, length: int, targets: int) -> dict[str, np.ndarray]:
+    batch = {name: np.zeros((rows, length), np.int32) for name in ("ids", "positions", "group")}
+    batch["slots"] = np.full((rows, length), -1, np.int32)
+    batch["target_positions"] = np.zeros((rows, targets), np.int32)
+    batch["targets"] = np.full((rows, targets), IGNORED, np.int32)
+    return batch
+
+
+def _row_targets(plan: Plan, trained: np.ndarray) -> dict[int, int]:
+    """For each length of row in the plan, the places for targets that its fullest row needs, rounded up.
+
+    trained int [R]: the most targets of each record. Fewer places than tokens are fewer rows of logits, each as wide as
+    the vocabulary.
+    """
+    needed = np.add.reduceat(trained[plan.records], plan.row_ends[:-1])
+    lengths = np.repeat(plan.lengths, np.diff(plan.batch_ends))  # of each row
+    places = {length: int(needed[lengths == length].max()) for length in np.unique(lengths).tolist()}
+    return {length: min(length, -(-most // BUCKET_STEP) * BUCKET_STEP) for length, most in places.items()}
 
 
 def _write(

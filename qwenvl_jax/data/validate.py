@@ -35,13 +35,14 @@ class Examination:
     has a rejected answer.
 
     needed: the tokens up to the end of the last picture and to the first token of an answer, whichever is later; cut
-    shorter, a record has a picture cut or teaches nothing.
+    shorter, a record has a picture cut or teaches nothing. trained: at most so many tokens are learnt, by either mask.
     """
 
     problems: list[Problem]
     tokens: int = 0
     pictures: int = 0
     needed: int = 0
+    trained: int = 0
     cut: bool = False
     pair: bool = False
 
@@ -65,16 +66,19 @@ def examine(record: Record, processor: Processor, max_length: int | None = None)
         return Examination([*found, Problem(record.where, "", "nested too deeply", "mend or remove the record")])
     tokens, pictures = len(prompt.input_ids), len(prompt.pixels)
     needed = max(_pictures_end(prompt), int(np.flatnonzero(labels != IGNORED)[0]) + 1)
+    # Of each block the mask of the original learns `<|im_start|>`, `<|im_end|>` and the line break, too.
+    blocks = int(np.sum(prompt.input_ids == processor.tokenizer.im_start_id))
+    trained = int(np.sum(labels != IGNORED)) + 3 * blocks
     pair = record.rejected is not None
     if found or max_length is None:
-        return Examination(found, tokens, pictures, needed, pair=pair)
+        return Examination(found, tokens, pictures, needed, trained, pair=pair)
     answers = [("", prompt, labels)]
     if record.rejected is not None:
         messages = [*record.messages[:-1], {"role": "assistant", "content": record.rejected}]
         answers.append(("rejected", *processor.training(messages, answers_only=True)))
     for field, whole, targets in answers:
         found += _length_problems(record, field, whole, targets, max_length)
-    return Examination(found, tokens, pictures, needed, tokens > max_length, pair)
+    return Examination(found, tokens, pictures, needed, trained, tokens > max_length, pair)
 
 
 def fit(prompt: Prompt, labels: np.ndarray, max_length: int) -> tuple[Prompt, np.ndarray]:

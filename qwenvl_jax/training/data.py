@@ -179,13 +179,14 @@ def _cache(recipe: Recipe) -> Path:
 
 def stacked(made: list[Batch]) -> Batch:
     """The batches of a step in one, [A, ...]; shorter rows are padded to the longest."""
-    length = max(batch["ids"].shape[1] for batch in made)
     padding = {"slots": -1, "targets": -100}
 
-    def grown(batch: Batch, name: str) -> np.ndarray:
-        value = batch[name]
-        if value.shape != batch["ids"].shape:
-            return value
-        return np.pad(value, ((0, 0), (0, length - value.shape[1])), constant_values=padding.get(name, 0))
+    def stack(name: str) -> np.ndarray:
+        values = [batch[name] for batch in made]
+        if values[0].ndim == 2:  # [B, tokens] or [B, targets]
+            longest = max(value.shape[1] for value in values)
+            fill = padding.get(name, 0)
+            values = [np.pad(v, ((0, 0), (0, longest - v.shape[1])), constant_values=fill) for v in values]
+        return np.stack(values)
 
-    return {name: np.stack([grown(batch, name) for batch in made]) for name in made[0]}
+    return {name: stack(name) for name in made[0]}
