@@ -1,7 +1,7 @@
 """Training over two real processes: the losses of one process with as many devices; resumed on fewer devices.
 
 On records of which three in four are text alone: batches have pictures on one process only, or none, and no step may
-wait for a picture that another process has.
+wait for a picture that another process has. Preferences, too, on pairs of answers of the same kind.
 """
 
 import dataclasses
@@ -13,12 +13,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qwenvl_jax.data.record_batches import BatchRecipe
+from qwenvl_jax.nn.lora import LoraRecipe
 from qwenvl_jax.training.hosts import HostsRecipe
 from qwenvl_jax.training.optimizer import OptimizerRecipe
 from qwenvl_jax.training.placement import MeshRecipe
+from qwenvl_jax.training.preference import DpoRecipe
 from qwenvl_jax.training.recipe import Recipe, RecordsRecipe
 
 pytestmark = pytest.mark.long
@@ -31,11 +34,11 @@ sys.path.insert(0, {folder!r})
 import jax
 jax.config.update("jax_num_cpu_devices", int(sys.argv[3]))
 from pathlib import Path
-from test_processes import mixed
+from test_processes import {recipe}
 from test_run import small
 from qwenvl_jax.training.run import train
 if __name__ == "__main__":
-    train(mixed(small(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]))
+    train({recipe}(small(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]))
 """
 
 
@@ -56,22 +59,40 @@ def mixed(small: Recipe, file: Path, devices: int, hosts: list[str]) -> Recipe:
     )
 
 
+def preferring(small: Recipe, file: Path, devices: int, hosts: list[str]) -> Recipe:
+    """An adapter that learns preferences from the pairs of the file, beside the model in the folder `start` there."""
+    recipe = mixed(small, file, devices, hosts)
+    return dataclasses.replace(
+        recipe,
+        start=str(file.with_name("start")),
+        dpo=DpoRecipe(beta=1.0),  # a few steps at a tenth of it would move the loss too little to compare
+        lora=LoraRecipe(rank=4, dropout=0.0),
+        optimizer=OptimizerRecipe(name="adamw", learning_rate=0.01, warmup_steps=0),
+        steps=3,
+        evaluate_every=3,
+        evaluate_samples=0,
+    )
+
+
+def row(number: int) -> dict:
+    """A record; every fourth has a picture."""
+    pictures = [{"type": "image", "image": str(PICTURE)}] if number % 4 == 0 else []
+    asked = {"role": "user", "content": [*pictures, {"type": "text", "text": f"Say {number}."}]}
+    return {"messages": [asked, {"role": "assistant", "content": str(number)}]}
+
+
 @pytest.fixture(scope="module")
 def records(tmp_path_factory) -> Path:
-    """A quarter of them has a picture."""
-
-    def row(number: int) -> dict:
-        pictures = [{"type": "image", "image": str(PICTURE)}] if number % 4 == 0 else []
-        asked = {"role": "user", "content": [*pictures, {"type": "text", "text": f"Say {number}."}]}
-        return {"messages": [asked, {"role": "assistant", "content": str(number)}]}
-
     file = tmp_path_factory.mktemp("records") / "mixed.jsonl"
     file.write_text("".join(json.dumps(row(number)) + "\n" for number in range(48)))
     return file
 
 
-def start(script: Path, output: Path, records: Path, devices: int, *where: str) -> subprocess.Popen:
-    script.write_text(RUN.format(folder=str(Path(__file__).parent)))
+def start(
+    script: Path, output: Path, records: Path, devices: int, *where: str, recipe: str = "mixed"
+) -> subprocess.Popen:
+    """recipe: the function of this file that makes it."""
+    script.write_text(RUN.format(folder=str(Path(__file__).parent), recipe=recipe))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, script, output, records, str(devices), *where]
     return subprocess.Popen(
@@ -92,9 +113,17 @@ def finish(*processes: subprocess.Popen) -> list[str]:
     return said
 
 
-def losses(output: Path) -> list[float]:
+def start_two(script: Path, output: Path, records: Path, recipe: str = "mixed") -> list[subprocess.Popen]:
+    """The run over two processes of four devices each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    return [start(script, output, records, 4, address, str(index), recipe=recipe) for index in range(2)]
+
+
+def losses(output: Path, kind: str = "train") -> list[float]:
     rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if row["kind"] == "train"]
+    return [row["loss"] for row in rows if row["kind"] == kind]
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +135,7 @@ def one_process(tmp_path_factory, records) -> Path:
 
 
 def test_two_processes_train_as_one(one_process, records, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    script = tmp_path / "script.py"
-    said = finish(*(start(script, tmp_path / "run", records, 4, address, str(index)) for index in range(2)))
+    said = finish(*start_two(tmp_path / "script.py", tmp_path / "run", records))
     assert losses(tmp_path / "run") == pytest.approx(losses(one_process), rel=1e-5)
     assert (tmp_path / "run" / "model-6" / "model.safetensors").exists()
     assert (tmp_path / "run" / "hosts" / "1" / "log.jsonl").exists()
@@ -128,3 +153,21 @@ def test_a_run_goes_on_with_fewer_devices(one_process, records, tmp_path, device
         shutil.rmtree(run / later)
     finish(start(tmp_path / "script.py", run, records, devices))
     assert losses(run) == pytest.approx(losses(one_process), rel=1e-5)
+
+
+def test_two_processes_learn_preferences_as_one(one_process, tmp_path):
+    """The reference of each pair, too, which every process makes and one keeps, is that of one process."""
+    (tmp_path / "start").symlink_to(one_process / "model-6")
+    pairs = tmp_path / "pairs.jsonl"
+    answered = [row(number) | {"rejected": "no, never" if number % 3 else "no"} for number in range(24)]
+    pairs.write_text("".join(json.dumps(pair) + "\n" for pair in answered))
+    script, one, two = tmp_path / "script.py", tmp_path / "one", tmp_path / "two"
+    finish(start(script, one, pairs, 8, recipe="preferring"))
+    finish(*start_two(script, two, pairs, "preferring"))
+    first, *later = losses(one)
+    assert first == pytest.approx(np.log(2), abs=1e-5)  # the model is its own reference
+    assert min(later) < first - 0.05
+    for kind in ("train", "evaluation"):
+        assert losses(two, kind) == pytest.approx(losses(one, kind), rel=1e-5)
+    np.testing.assert_allclose(np.load(two / "reference.npy"), np.load(one / "reference.npy"), rtol=1e-5)
+    assert (two / "adapter-3" / "adapter_model.safetensors").exists()
