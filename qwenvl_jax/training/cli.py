@@ -33,7 +33,9 @@ def main() -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        print(f"train: {error}; make room, and the same command goes on from its newest checkpoint", file=sys.stderr)
+        where = error.filename or recipe.output  # a file that is open already is not named by the system
+        again = "make room, and the same command goes on from its newest checkpoint"
+        print(f"train: {where}: {error.strerror}; {again}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"train: {error}", file=sys.stderr)

@@ -16,7 +16,9 @@ from typing import Any
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import scalar
 
 from qwenvl_jax.training.curve import draw_curve
 from qwenvl_jax.training.history import read_rows
@@ -47,7 +49,9 @@ class RunLog:
         self.steps_in_all, self.last = steps, first
         _forget_after(output / "log.jsonl", first)
         self.file = (output / "log.jsonl").open("a", encoding="utf-8")
-        self.writer = SummaryWriter(str(output / "tensorboard"))
+        (output / "tensorboard").mkdir(exist_ok=True)
+        # Not a SummaryWriter: its thread would die of a full disk with a traceback, and the run wait for it for ever.
+        self.events = EventsWriter(str(output / "tensorboard" / "events"))
         self.progress = Progress(
             BarColumn(),
             MofNCompleteColumn(),
@@ -68,9 +72,13 @@ class RunLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _) -> None:
         self.progress.stop()
         how, message = _ending(error, self.last == self.steps_in_all)
-        self._row("end", self.last, {"how": how, "message": message})
-        self.writer.close()
-        self.file.close()
+        try:
+            self._row("end", self.last, {"how": how, "message": message})
+            self.events.close()
+            self.file.close()
+        except OSError:
+            if error is None:  # else the user should hear of that one
+                raise
         self._draw()
 
     def steps(self, number: int, values: dict[str, float]) -> None:
@@ -107,7 +115,9 @@ class RunLog:
     def _write(self, kind: str, number: int, values: dict[str, float]) -> None:
         self._row(kind, number, {name: _short(value) for name, value in values.items()})
         for name, value in values.items():
-            self.writer.add_scalar(f"{kind}/{name}", value, number)
+            event = Event(wall_time=time.time(), step=number, summary=scalar(f"{kind}/{name}", value))
+            self.events.write_event(event)
+        self.events.flush()
 
     def _row(self, kind: str, number: int, values: dict[str, Any]) -> None:
         row = {"kind": kind, "step": number, "time": round(time.time(), 3)} | values
@@ -157,4 +167,6 @@ def _forget_after(path: Path, step: int) -> None:
     """Drops the rows of steps that a run logged but will do again, having been killed before it saved them."""
     if path.exists():
         kept = [row for row in read_rows(path) if row["step"] <= step or row["kind"] in ("start", "end")]
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+        partial.replace(path)

@@ -241,7 +241,9 @@ def remember_recipe(recipe: Recipe, output: Path) -> None:
                 f"give --output another folder, or remove {output} to begin again"
             )
     if jax.process_index() == 0:
-        path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        partial = output / ".recipe.yaml.partial"  # cut off by a full disk, it would be another recipe
+        partial.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        partial.replace(path)
 
 
 def _build(kind: type, raw: Any, where: str):
