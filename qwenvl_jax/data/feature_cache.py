@@ -5,7 +5,7 @@ picture of the same path, never finds it. A tower that learns must not use this.
 """
 
 import hashlib
-import os
+import uuid
 from pathlib import Path
 
 import jax
@@ -44,9 +44,9 @@ class FeatureCache:
             raise UserError(f"{path}: not the features of a picture ({error}); remove it, and fill again") from None
 
     def write(self, path: Path, features: np.ndarray) -> None:
-        """Writes a file, whole or not at all; several processes may write the same one."""
+        """Writes a file, whole or not at all; several processes, of several hosts, may write the same one."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
         temporary.write_bytes(features.tobytes())
         temporary.replace(path)
 

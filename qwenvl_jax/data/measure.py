@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import os
+import uuid
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -174,6 +175,6 @@ def _write_cache(path: Path, measures: dict[bytes, np.ndarray]) -> None:
     """Writes the file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     keys = np.frombuffer(b"".join(measures), np.uint8).reshape(-1, 16)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial.npz")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial.npz")  # all hosts write it
     np.savez(temporary, keys=keys, measures=np.array(list(measures.values()), np.int32).reshape(-1, 4))
     temporary.replace(path)

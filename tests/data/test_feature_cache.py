@@ -1,5 +1,7 @@
 """Cached features are those of the tower; pictures are known by what they show, towers by their weights."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,3 +105,12 @@ def test_a_damaged_file_is_named(model, processor, tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=f"{path}.*remove it"):
         cache.read(picture(1))
+
+
+def test_hosts_of_the_same_process_number_write_the_same_file(cache):
+    """As the hosts of a cluster do that run in containers, each as its first process; here threads of one."""
+    path, features = cache.folder / "00" / "shared", np.zeros(1 << 16, np.float32)
+    with ThreadPoolExecutor(4) as hosts:
+        list(hosts.map(lambda _: cache.write(path, features), range(100)))
+    assert [file.name for file in path.parent.iterdir() if "shared" in file.name] == ["shared"]
+    assert path.read_bytes() == features.tobytes()
