@@ -41,12 +41,13 @@ def train_twice(disk: Path, free: int, command: list[str]) -> tuple[str, str]:
     return full, roomy
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("free", "where", "goes_on"),
     [
         pytest.param(0, "", False, id="the recipe"),
-        pytest.param(12 << 10, "", False, id="the log", marks=pytest.mark.long),
-        pytest.param(300 << 10, "/checkpoints", True, id="the second checkpoint", marks=pytest.mark.long),
+        pytest.param(12 << 10, "", False, id="the log"),
+        pytest.param(300 << 10, "/checkpoints", True, id="the second checkpoint"),
     ],
 )
 def test_a_full_disk_ends_in_one_line_and_the_same_command_goes_on(tmp_path, free, where, goes_on):
