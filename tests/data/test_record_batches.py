@@ -93,6 +93,17 @@ def test_every_record_stands_whole_in_a_row(processor, packing, answers_only):
     assert set(batches.where(0)) <= {f"memory:{number}" for number in range(1, 41)}
 
 
+def test_a_row_has_places_for_its_targets_alone(processor):
+    """Four answers of a few tokens under long questions need one step of places where a row has hundreds of tokens."""
+    asked = {"role": "user", "content": "blue " * 100}
+    source = [Record([asked, {"role": "assistant", "content": "red"}], f"memory:{i + 1}") for i in range(4)]
+    batches = RecordBatches(BatchRecipe(max_length=600), Mixture([source]), processor, rows=1, epochs=1)
+    batch = batches[0]
+    assert len(batches.plan[0][1][0]) == 4
+    assert (batch["ids"].shape[1], batch["targets"].shape[1]) == (600, 64)
+    contents(batches, batch, 0)
+
+
 def test_processes_share_each_batch(processor):
     source = records(24)
     whole = RecordBatches(RECIPE, source, processor, rows=4, steps=5)
