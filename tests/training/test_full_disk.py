@@ -66,7 +66,7 @@ def test_a_full_disk_ends_in_one_line_and_the_same_command_goes_on(tmp_path, fre
         ],
     )  # fmt: skip
     lines = full.splitlines()
-    if goes_on:  # the threads of TensorStore, writing for Orbax, sometimes complain that nobody listens any longer
+    if goes_on:  # the threads of TensorStore, writing for Orbax, often complain that nobody listens any longer
         lines = [line for line in lines if line.startswith("train: ")]
     assert len(lines) == 1, full
     (message,) = lines
