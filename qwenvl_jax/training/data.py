@@ -123,10 +123,11 @@ def _records(recipe: Recipe, processor: Processor, placement: Placement, cache: 
         raise UserError(f"records: {len(records)} batches are fewer than the {splits} of one step")
     if cache is not None:
         cache.fill(records.source, processor, recipe.workers)
-    bounds = [records.longest]
+    longest = records.longest
     validation: list[tuple[Batch, dict]] = []
     asked: list[Asked] = []
     if wanted.validation:
+        # Packed whatever the recipe, and without its weights: every record once.
         held = shared(
             dataclasses.replace(wanted.batches, packing=True, bad_records="skip"),
             mixture(wanted.validation, None),
@@ -134,15 +135,8 @@ def _records(recipe: Recipe, processor: Processor, placement: Placement, cache: 
         )
         if cache is not None:
             cache.fill(held.source, processor, recipe.workers)
-        bounds.append(held.longest)
-        for number in range(min(len(held), recipe.evaluate_batches)):
-            placed = placement.batches({name: value[None] for name, value in held[number].items()})
-            validation.append(({}, jax.tree.map(lambda x: x[0], placed)))
-        usable = np.flatnonzero(held.tokens)
-        wished = recipe.evaluate_samples if wanted.template == "chat" else 0  # a base model is not to be asked
-        apart = usable[:: max(len(usable) // max(wished, 1), 1)]  # of all files
-        asked = record_questions(map(held.source.__getitem__, apart.tolist()), processor, wished)
-
+        longest = max(longest, held.longest)
+        validation, asked = _held_out(held, recipe, processor, placement)
     count = len(records) // splits
 
     def from_step(first: int, stop: int = count) -> Generator[Batch]:
@@ -161,7 +155,7 @@ def _records(recipe: Recipe, processor: Processor, placement: Placement, cache: 
         count,
         from_step,
         validation,
-        partial(record_hidden, longest=max(bounds)),
+        partial(record_hidden, longest=longest),
         lambda step: [place for i in range(splits) for place in records.where((step - 1) * splits + i)],
         notes,
         once=lambda: from_step(0, -(-records.plan.shown(count * splits) // splits)),
@@ -170,6 +164,21 @@ def _records(recipe: Recipe, processor: Processor, placement: Placement, cache: 
         asked=asked,
         left_out=[*skipped, *records.shortened],
     )
+
+
+def _held_out(
+    held: RecordBatches, recipe: Recipe, processor: Processor, placement: Placement
+) -> tuple[list[tuple[Batch, dict]], list[Asked]]:
+    """Validation batches on the mesh, and the questions of some of their records, spread over all files."""
+    assert recipe.records is not None
+    validation: list[tuple[Batch, dict]] = []
+    for number in range(min(len(held), recipe.evaluate_batches)):
+        placed = placement.batches({name: value[None] for name, value in held[number].items()})
+        validation.append(({}, jax.tree.map(lambda x: x[0], placed)))
+    usable = np.flatnonzero(held.tokens)
+    wished = recipe.evaluate_samples if recipe.records.template == "chat" else 0  # a base model is not to be asked
+    apart = usable[:: max(len(usable) // max(wished, 1), 1)]
+    return validation, record_questions(map(held.source.__getitem__, apart.tolist()), processor, wished)
 
 
 def _cache(recipe: Recipe) -> Path:
