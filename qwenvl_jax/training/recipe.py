@@ -228,7 +228,11 @@ CIRCUMSTANCES = ("output", "mesh", "hosts", "workers", "log_every", "keep", "eva
 
 
 def remember_recipe(recipe: Recipe, output: Path) -> None:
-    """Writes the recipe into the run's folder, or refuses to go on with a run that another recipe began."""
+    """Writes the recipe into the run's folder, which it makes, or refuses to go on with a run of another recipe."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"--output {output}: {error.strerror}; give a folder that can be made and written") from None
     values = json.loads(json.dumps(dataclasses.asdict(recipe)))
     path = output / "recipe.yaml"
     if path.exists():

@@ -36,7 +36,6 @@ def train(recipe: Recipe) -> Path | None:
     """
     connect(recipe.hosts)
     output = Path(recipe.output)
-    output.mkdir(parents=True, exist_ok=True)
     remember_recipe(recipe, output)
     placement = Placement(recipe.mesh, recipe.batch_size // recipe.accumulate)
     modules, config, vocabulary = build_modules(recipe, placement)

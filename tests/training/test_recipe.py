@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qwenvl_jax.config import UserError
-from qwenvl_jax.training.recipe import Recipe, parse_arguments, read_recipe
+from qwenvl_jax.training.recipe import Recipe, parse_arguments, read_recipe, remember_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -87,3 +87,11 @@ def test_help_needs_no_recipe():
     done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
     assert "--optimizer.learning-rate" in done.stdout
+
+
+@pytest.mark.parametrize("inside", [".", "deeper"], ids=["a file", "within a file"])
+def test_an_output_that_cannot_be_a_folder_is_named(tmp_path, inside):
+    (tmp_path / "file").write_text("")
+    output = tmp_path / "file" / inside
+    with pytest.raises(UserError, match=f"--output {output}: .*; give a folder"):
+        remember_recipe(Recipe(), output)
