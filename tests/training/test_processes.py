@@ -15,11 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from qwenvl_jax import load
 from qwenvl_jax.data.record_batches import BatchRecipe
 from qwenvl_jax.nn.lora import LoraRecipe
 from qwenvl_jax.training.hosts import HostsRecipe
 from qwenvl_jax.training.optimizer import OptimizerRecipe
+from qwenvl_jax.training.parts import Part, Parts, VisionPart
 from qwenvl_jax.training.placement import MeshRecipe
 from qwenvl_jax.training.preference import DpoRecipe
 from qwenvl_jax.training.recipe import Recipe, RecordsRecipe
@@ -29,7 +32,8 @@ pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
 PICTURE = ROOT / "qwenvl_jax" / "assets" / "pictures" / "word.png"
 RUN = """
-import sys
+import faulthandler, sys
+faulthandler.dump_traceback_later(240, exit=True)  # a run that hangs says where
 sys.path.insert(0, {folder!r})
 import jax
 jax.config.update("jax_num_cpu_devices", int(sys.argv[3]))
@@ -72,6 +76,14 @@ def preferring(small: Recipe, file: Path, devices: int, hosts: list[str]) -> Rec
         evaluate_every=3,
         evaluate_samples=0,
     )
+
+
+def cached(small: Recipe, file: Path, devices: int, hosts: list[str]) -> Recipe:
+    """The language model alone is trained; two processes read its pictures' features from a cache, one does not."""
+    recipe = mixed(small, file, devices, hosts)
+    frozen = Parts(vision=VisionPart(freeze=True), resampler=Part(freeze=True))
+    records = dataclasses.replace(recipe.records, cache_features=bool(hosts))
+    return dataclasses.replace(recipe, records=records, parts=frozen, steps=3, evaluate_every=3, evaluate_samples=0)
 
 
 def row(number: int) -> dict:
@@ -171,3 +183,28 @@ def test_two_processes_learn_preferences_as_one(one_process, tmp_path):
         assert losses(two, kind) == pytest.approx(losses(one, kind), rel=1e-5)
     np.testing.assert_allclose(np.load(two / "reference.npy"), np.load(one / "reference.npy"), rtol=1e-5)
     assert (two / "adapter-3" / "adapter_model.safetensors").exists()
+
+
+def test_two_processes_share_a_cache_of_features(tmp_path):
+    """Each encodes the pictures of its share of the records; the losses are those of one process without a cache."""
+    for number in range(5):
+        Image.new("RGB", (28, 28), (50 * number, 100, 150)).save(tmp_path / f"{number}.png")
+    rows = [row(number) for number in range(48)]
+    for number in range(0, 48, 3):
+        picture = {"type": "image", "image": str(tmp_path / f"{number // 3 % 5}.png")}
+        rows[number]["messages"][0]["content"] = [picture, {"type": "text", "text": f"Say {number}."}]
+    records = tmp_path / "pictures.jsonl"
+    records.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script, one, two = tmp_path / "script.py", tmp_path / "one", tmp_path / "two"
+    finish(start(script, one, records, 8, recipe="cached"))
+    finish(*start_two(script, two, records, "cached"))
+    for kind in ("train", "evaluation"):
+        assert losses(two, kind) == pytest.approx(losses(one, kind), rel=1e-5)
+    files = [path for path in (two / "features").rglob("*") if path.is_file()]
+    model = load(two / "model-3")
+    pictures = [PICTURE, *(tmp_path / f"{number}.png" for number in range(5))]
+    shown = np.stack([model.encode_image(picture) for picture in pictures])
+    assert len(files) == len(pictures)
+    kept = [np.frombuffer(path.read_bytes(), np.float32).reshape(shown[0].shape) for path in files]
+    for features in kept:
+        assert np.abs(shown - features).max(axis=(1, 2)).min() < 1e-5

@@ -72,10 +72,10 @@ def test_answers_are_those_of_chat_whatever_the_weights_and_compile_once(process
     other = jax.tree.map(lambda x: x + 0.01 * jax.random.normal(jax.random.key(0), x.shape), model)
     samples.answer(model, 10)
     samples.answer(other, 20)
-    compiled = samples.vlm.generator.compilations
+    compiled = samples.vlm.generator.programs.compiled
     samples.answer(model, 30)
     samples.answer(other, 40)
-    assert samples.vlm.generator.compilations == compiled
+    assert samples.vlm.generator.programs.compiled == compiled
     kept = {step: (tmp_path / str(step) / "samples.jsonl").read_text() for step in (10, 20, 30, 40)}
     assert kept[10] == kept[30] != kept[20] == kept[40]
     vlm = VLM(model, processor)
