@@ -15,6 +15,7 @@ from qwenvl_jax.checkpoints.huggingface import load_model
 from qwenvl_jax.data.record_batches import BatchRecipe
 from qwenvl_jax.inference.decode import Generator
 from qwenvl_jax.inference.sampling import SamplingOptions, controls
+from qwenvl_jax.inference.steps import Rows
 from qwenvl_jax.models.qwen_vl import frequencies
 from qwenvl_jax.nn.lora import LoraRecipe
 from qwenvl_jax.processing.template import Prompt
@@ -62,16 +63,16 @@ def test_a_training_step_on_a_mesh():
 def test_encoding_prefill_and_decoding(quantize):
     generator = Generator(load_model(locate("tiny"), quantize=quantize))
     size = generator.config.visual.image_size
-    assert lowered(generator._encode, generator._leaves, np.zeros((1, 3, size, size), np.float32))
+    assert lowered(generator._encode.jitted, generator.leaves, np.zeros((1, 3, size, size), np.float32))
 
     ids = np.arange(8, dtype=np.int32)
     batch = generator.batch([Prompt(ids, np.full(8, -1, np.int32), np.zeros((0, 3, size, size), np.float32), [])])
     wanted = controls([SamplingOptions(temperature=0.5, top_p=0.5, seed=1)], [], generator.config.vocab_size)
     one = np.zeros(1, np.int32)
     prompt = (*batch, wanted, frequencies(generator.config, batch.lengths), one, np.zeros(1, bool))
-    assert lowered(generator._prefill, generator._leaves, *prompt).platforms == PLATFORMS
+    assert lowered(generator._prefill.jitted, generator.leaves, *prompt).platforms == PLATFORMS
 
-    past, state, fixed = jax.eval_shape(lambda: generator.prefill(batch, wanted))
-    steps = (past, fixed, batch.lengths, np.int32(0), np.int32(8), np.zeros(1, bool))
-    found = lowered(generator._decode, generator._leaves, *steps, state=state)
+    past, state, fixed, _ = jax.eval_shape(lambda: generator.prefill(batch, wanted))
+    steps = (past, fixed, Rows(batch.lengths, one), np.int32(0), np.int32(8), np.zeros(1, bool))
+    found = lowered(generator._decode.jitted, generator.leaves, *steps, state=state)
     assert found.platforms == PLATFORMS

@@ -10,8 +10,9 @@ from typing import Literal
 import jax
 import numpy as np
 
-from qwenvl_jax.inference.decode import CHUNK, Batch, Generator, State, length_bucket
+from qwenvl_jax.inference.decode import Batch, Generator, length_bucket
 from qwenvl_jax.inference.sampling import SamplingOptions, controls
+from qwenvl_jax.inference.steps import CHUNK, Rows, State
 from qwenvl_jax.inference.text import TextStream
 from qwenvl_jax.processing.template import Prompt
 
@@ -72,18 +73,20 @@ class Generation:
     def advance(self, steps: int = CHUNK) -> list[list[int]]:
         """The next tokens of each reply, at most `steps` (the first call: one), without the stop token at its end."""
         if self._batch is not None:
-            self._past, self._state, self._fixed = self._generator.prefill(self._batch, self._controls, *self._start)
+            self._past, self._state, self._fixed, first = self._generator.prefill(
+                self._batch, self._controls, *self._start
+            )
             self._batch = None
-            tokens, generated, done = self._fetch(self._state, self._state.last[:, None])
+            tokens, generated, done = self._fetch(first.tokens, first.generated, first.done)
         else:
             assert self._state is not None
             if self._used == CHUNK:
                 self._flush(self._state)
             steps = min(steps, CHUNK - self._used)
-            self._state = self._generator.decode(
-                self._past, self._state, self._fixed, self._lengths, self._used, steps, self._stopped
+            self._state, grown = self._generator.decode(
+                self._past, self._state, self._fixed, self._rows, self._used, steps, self._stopped
             )
-            tokens, generated, done = self._fetch(self._state, self._state.tokens)
+            tokens, generated, done = self._fetch(grown.tokens, grown.generated, grown.done)
             tokens = tokens[:, self._used :]
             # Some reply has grown at every step, or the steps would have ended.
             self._used += int(np.max(generated - self.generated))
@@ -95,16 +98,18 @@ class Generation:
         self.generated, self._done = generated, done | self._stopped[: len(done)]
         return new
 
-    def _fetch(self, state: State, tokens: jax.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """tokens [rows, ...], generated [rows] and done [rows] on the host, without the rows that fill the bucket."""
-        values = jax.device_get((tokens, state.generated, state.done))
-        tokens, generated, done = (value[: len(self._done)] for value in values)
-        return tokens, generated, done
+    @property
+    def _rows(self) -> Rows:
+        return Rows(self._lengths, np.zeros_like(self._lengths))  # all rows came in together
+
+    def _fetch(self, *arrays: jax.Array) -> list[np.ndarray]:
+        """Arrays [rows, ...] on the host, without the rows that fill the bucket."""
+        return [value[: len(self._done)] for value in jax.device_get(arrays)]
 
     def _flush(self, state: State) -> None:
         longest = np.max(self._lengths[: len(self._done)][~self._done])
-        slots = max(self._past.k[0].shape[2], length_bucket(longest + CHUNK))
-        self._past = self._generator.flush(self._past, state, self._lengths, slots)
+        slots = max(self._past.shape[1], length_bucket(longest + CHUNK))
+        self._past = self._generator.flush(self._past, state, self._rows, slots)
         self._lengths = self._lengths + np.int32(CHUNK)
         self._used = 0
 

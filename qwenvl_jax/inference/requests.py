@@ -11,7 +11,6 @@ from qwenvl_jax.inference.sampling import SamplingOptions
 from qwenvl_jax.processing.template import Prompt
 
 FinishReason = Literal["stop", "length", "error"]
-MOST_ALTERNATIVES = 20  # log-probabilities of other tokens that may be asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +19,8 @@ class Request:
 
     stop_ids: tokens that end the reply besides those of the options. strip: leave out blanks at both ends.
     alternatives: None for no log-probabilities, else how many of other tokens to give with each, 0 to
-    MOST_ALTERNATIVES. picture_keys: a digest of each picture of the prompt, by which its features are found again;
-    equal keys must mean equal pixels.
+    `steps.MOST_ALTERNATIVES`. picture_keys: a digest of each picture of the prompt, by which its features are found
+    again; equal keys must mean equal pixels.
     """
 
     prompt: Prompt

@@ -1,13 +1,13 @@
 """Choosing the next token: options as a user gives them, and the compiled choice for a batch of rows with options each.
 
-The order of the steps is that of Hugging Face's `generate` and of vLLM: penalties, minimum length, temperature, top-k,
-top-p, min-p, and then the draw. Nothing here knows a model or a text.
+The order of the steps is that of Hugging Face's `generate` and of vLLM: bias, penalties, minimum length, temperature,
+top-k, top-p, min-p, and then the draw. Nothing here knows a model or a text.
 """
 
 import dataclasses
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from qwenvl_jax.config import UserError
 
 # Below this a temperature means greedy: dividing by it would overflow.
 SMALLEST_TEMPERATURE = 1e-5
+MOST_BIASED = 300  # tokens with a logit bias in one request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +41,14 @@ class SamplingOptions:
     min_new_tokens: int = 0  # before so many tokens nothing stops the reply
     stop: Sequence[str] = ()  # strings that end the reply and are not part of it
     stop_ids: Sequence[int] = ()  # tokens that do, besides those of the model
+    # Added to the logits of these tokens (OpenAI's definition: -100 bans and 100 forces), at most MOST_BIASED of them.
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         one_string = isinstance(self.stop, str)
         object.__setattr__(self, "stop", (self.stop,) if one_string else _strings("stop", self.stop))
         object.__setattr__(self, "stop_ids", _integers("stop_ids", self.stop_ids))
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         if "" in self.stop:
             raise UserError("stop: an empty string would end every reply at once; leave it out")
         for name, least, most in (
@@ -104,6 +108,17 @@ def _strings(name: str, values: Any) -> tuple[str, ...]:
     return tuple(values)
 
 
+def _biases(values: Any) -> dict[int, float]:
+    if not isinstance(values, Mapping):
+        raise UserError(f"logit_bias must map token ids to numbers, not {values!r}")
+    if len(values) > MOST_BIASED:
+        raise UserError(f"logit_bias has {len(values)} tokens; at most {MOST_BIASED} are possible")
+    for token, bias in values.items():
+        _check_integer("logit_bias: the token id", token, 0, 2**31 - 1)
+        _check_number(f"logit_bias of token {token}", bias, -100, 100)
+    return {int(token): float(bias) for token, bias in values.items()}
+
+
 def _integers(name: str, values: Any) -> tuple[int, ...]:
     if not isinstance(values, Sequence | np.ndarray) or isinstance(values, str):
         raise UserError(f"{name} must be a list of token ids, not {values!r}")
@@ -129,20 +144,28 @@ class Controls(NamedTuple):
     min_new_tokens: Array
     max_new_tokens: Array
     stops: Array  # bool [B, V], tokens that end a reply
+    biased: Array  # int32 [B, MOST_BIASED], tokens with a bias; V stands for none
+    bias: Array  # float32 [B, MOST_BIASED]
+    logprobs: Array  # bool [B], whether log-probabilities are asked for
 
 
-def controls(options: Sequence[SamplingOptions], stop_ids: Sequence[int], vocab_size: int) -> Controls:
+def controls(
+    options: Sequence[SamplingOptions], stop_ids: Sequence[int], vocab_size: int, *, logprobs: bool = False
+) -> Controls:
     """numpy arrays of a batch's options; `stop_ids` end every row's reply besides its own. Raises UserError."""
 
     def column(name, dtype):
         return np.array([getattr(option, name) for option in options], dtype)
 
     stops = np.zeros((len(options), vocab_size), bool)
+    biased, bias = np.full((len(options), MOST_BIASED), vocab_size, np.int32), np.zeros((len(options), MOST_BIASED))
     for row, option in enumerate(options):
-        ids = [*stop_ids, *option.stop_ids]
-        if ids and max(ids) >= vocab_size:
-            raise UserError(f"stop_ids: token {max(ids)} is not in the vocabulary (0 to {vocab_size - 1})")
+        ids, count = [*stop_ids, *option.stop_ids], len(option.logit_bias)
+        for name, known in (("stop_ids", ids), ("logit_bias", option.logit_bias)):
+            if known and max(known) >= vocab_size:
+                raise UserError(f"{name}: token {max(known)} is not in the vocabulary (0 to {vocab_size - 1})")
         stops[row, ids] = True
+        biased[row, :count], bias[row, :count] = list(option.logit_bias), list(option.logit_bias.values())
     floats = {
         name: column(name, np.float32)
         for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -150,7 +173,15 @@ def controls(options: Sequence[SamplingOptions], stop_ids: Sequence[int], vocab_
     floats["temperature"][floats["temperature"] < SMALLEST_TEMPERATURE] = 0.0
     key = np.array([[option.seed >> 32, option.seed & 0xFFFFFFFF] for option in options], np.uint32)
     integers = {name: column(name, np.int32) for name in ("top_k", "min_new_tokens", "max_new_tokens")}
-    return Controls(**floats, **integers, key=key, stops=stops)
+    return Controls(
+        **floats,
+        **integers,
+        key=key,
+        stops=stops,
+        biased=biased,
+        bias=bias.astype(np.float32),
+        logprobs=np.full(len(options), logprobs),
+    )
 
 
 def sample(
@@ -161,6 +192,7 @@ def sample(
     logits float32 [B, V]; in_prompt bool [B, V], tokens of the prompt; counts int32 [B, V], how often the reply has
     each token; generated int32 [B], how many it has. What no row asks for is skipped when the program runs.
     """
+    logits = jax.lax.cond(jnp.any(options.bias != 0), with_bias, lambda logits, _: logits, logits, options)
     has_penalty = jnp.any(
         (options.repetition_penalty != 1) | (options.presence_penalty != 0) | (options.frequency_penalty != 0)
     )
@@ -177,6 +209,12 @@ def sample(
 
     ids = jax.lax.cond(jnp.any(options.temperature > 0), drawn, lambda _: greedy, logits)
     return jnp.where(options.temperature > 0, ids, greedy)
+
+
+def with_bias(logits: jax.Array, options: Controls) -> jax.Array:
+    """Logits [B, V] with the biases of their rows."""
+    rows = jnp.arange(logits.shape[0])[:, None]
+    return logits.at[rows, options.biased].add(options.bias, mode="drop")
 
 
 def penalised(logits: jax.Array, options: Controls, in_prompt: jax.Array, counts: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ What the tokens mean is the tokenizer's; when to ask the model for more is `gene
 """
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from qwenvl_jax.processing.tokenizer import GROUNDING_TAGS, Tokenizer
 
@@ -21,9 +21,14 @@ class TextStream:
     `stop`: strings that end the reply; they count from `min_tokens` tokens on. `strip` leaves out blanks at both ends.
     """
 
-    def __init__(self, table: dict[int, bytes], *, stop: Sequence[str] = (), min_tokens: int = 0, strip: bool = False):
+    def __init__(
+        self, table: Mapping[int, bytes], *, stop: Sequence[str] = (), min_tokens: int = 0, strip: bool = False
+    ):
         self.stopped = False  # a stop string was found; what is fed after it is ignored
         self.tokens = 0  # fed until then
+        self.decoded = 0  # characters that came of them
+        self.certain = 0  # of these, how many are decided on, whether they were shown or left out as blanks in front
+        self.skipped = 0  # of these, the blanks in front
         self._table = table
         self._stop = stop
         self._min_tokens = min_tokens
@@ -52,21 +57,31 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._add(self._decoder.decode(b"", final=True))
-        rest, self._held = self._held, ""
-        return text + self._shown(rest.rstrip() if self._strip else rest)
+        return text + self._cut(len(self._held))
 
     def _add(self, text: str) -> str:
         self._held += text
+        self.decoded += len(text)
         if self.tokens >= self._min_tokens:
             found = [start for start in map(self._held.find, self._stop) if start >= 0]
             if found:
                 self.stopped = True
-                ended = self._held[: min(found)]
-                return self._shown(ended.rstrip() if self._strip else ended)
-        certain = self._held[: len(self._held) - self._may_stop()]
+                return self._cut(min(found))
+        return self._release(len(self._held) - self._may_stop())
+
+    def _cut(self, length: int) -> str:
+        """Ends the text after so many characters of what is held."""
+        text = self._release(length)
+        self._held = ""
+        return text
+
+    def _release(self, length: int) -> str:
+        """So many characters of what is held, without the blanks at the end that may be those of the whole text."""
+        certain = self._held[:length]
         if self._strip:
             certain = certain.rstrip()
         self._held = self._held[len(certain) :]
+        self.certain += len(certain)
         return self._shown(certain)
 
     def _may_stop(self) -> int:
@@ -79,6 +94,8 @@ class TextStream:
 
     def _shown(self, text: str) -> str:
         if self._strip and self._at_start:
-            text = text.lstrip()
+            shown = text.lstrip()
+            self.skipped += len(text) - len(shown)
+            text = shown
         self._at_start = self._at_start and not text
         return text

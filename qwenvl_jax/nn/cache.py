@@ -43,24 +43,31 @@ def start(k: jax.Array, v: jax.Array, recent: int) -> LayerCache:
     return LayerCache(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), empty, empty)
 
 
-def cached_mask(past: jax.Array, slots: int, recent: jax.Array, recent_slots: int) -> jax.Array:
-    """bool [B, 1, S + R], where a new token may look: the first `past` (int [B]) slots, recent ones up to `recent`."""
+def cached_mask(past: jax.Array, slots: int, born: jax.Array, recent: jax.Array, recent_slots: int) -> jax.Array:
+    """bool [B, 1, S + R], where a new token may look: the first `past` (int [B]) slots, recent ones `born` to `recent`.
+
+    born int [B]: the recent slot of the first token that a sequence has there.
+    """
     old = jnp.arange(slots) < past[:, None]
-    new = jnp.broadcast_to(jnp.arange(recent_slots) <= recent, (past.shape[0], recent_slots))
+    places = jnp.arange(recent_slots)
+    new = (places >= born[:, None]) & (places <= recent)
     return jnp.concatenate([old, new], axis=1)[:, None, :]
 
 
-def flush(cache: LayerCache, past: jax.Array, slots: int) -> LayerCache:
-    """Moves all recent tokens behind the first `past` (int [B]) slots of each sequence, into a past of `slots` slots.
+def flush(cache: LayerCache, past: jax.Array, born: jax.Array, slots: int) -> LayerCache:
+    """Both pasts as `flushed` makes them."""
+    past_k = flushed(cache.past_k, cache.recent_k, past, born, slots)
+    return cache._replace(past_k=past_k, past_v=flushed(cache.past_v, cache.recent_v, past, born, slots))
 
-    `slots` may be more than before, never less. What would fall behind its end is dropped.
+
+def flushed(old: jax.Array, recent: jax.Array, past: jax.Array, born: jax.Array, slots: int) -> jax.Array:
+    """The recent tokens [B, N, R, H] from slot `born` (int [B]) on behind the first `past` (int [B]) slots of each row.
+
+    old [B, N, S, H]; the result has `slots` slots, S or more. What would fall behind its end is dropped.
     """
     rows = jnp.arange(past.shape[0])[:, None]
-    places = past[:, None] + jnp.arange(cache.recent_k.shape[2])  # [B, R]
-
-    def moved(old, recent):
-        old = jnp.pad(old, ((0, 0), (0, 0), (0, slots - old.shape[2]), (0, 0)))
-        # Indexed dimensions come first: [B, R, N, H].
-        return old.at[rows, :, places].set(recent.transpose(0, 2, 1, 3), mode="drop")
-
-    return cache._replace(past_k=moved(cache.past_k, cache.recent_k), past_v=moved(cache.past_v, cache.recent_v))
+    places = jnp.arange(recent.shape[2])
+    targets = jnp.where(places >= born[:, None], past[:, None] - born[:, None] + places, slots)  # [B, R]
+    old = jnp.pad(old, ((0, 0), (0, 0), (0, slots - old.shape[2]), (0, 0)))
+    # Indexed dimensions come first: [B, R, N, H].
+    return old.at[rows, :, targets].set(recent.transpose(0, 2, 1, 3), mode="drop")

@@ -5,41 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import monitoring
+from prompts import picture_prompt, run, text_prompt
 
 from qwenvl_jax.config import UserError
-from qwenvl_jax.inference.decode import CHUNK, Generator, bucket, length_bucket
+from qwenvl_jax.inference.decode import Generator, bucket, length_bucket
 from qwenvl_jax.inference.generate import Generation
 from qwenvl_jax.inference.sampling import SamplingOptions
 from qwenvl_jax.models.qwen_vl import frequencies
 from qwenvl_jax.nn.attention import attend
 from qwenvl_jax.processing.template import Prompt
 from qwenvl_jax.sharding import make_mesh, param_shardings
-
-
-def text_prompt(length: int, seed: int = 0) -> Prompt:
-    ids = np.random.default_rng(seed).integers(0, 300, length).astype(np.int32)
-    return Prompt(ids, np.full(length, -1, np.int32), np.zeros((0, 3, 28, 28), np.float32), [])
-
-
-def picture_prompt(length: int, seed: int, pictures: int = 1) -> Prompt:
-    """`length` ids of text after random pictures of 4 slots each."""
-    text = text_prompt(length, seed)
-    slots = np.arange(4 * pictures, dtype=np.int32)
-    pixels = np.random.default_rng(seed).normal(size=(pictures, 3, 28, 28)).astype(np.float32)
-    ids = np.full(len(slots), 302, np.int32)
-    return Prompt(np.concatenate([ids, text.input_ids]), np.concatenate([slots, text.image_slots]), pixels, [])
-
-
-def run(generator: Generator, prompts, options, *, steps: int = CHUNK) -> list[list[int]]:
-    if isinstance(options, SamplingOptions):
-        options = [options] * len(prompts)
-    generation = Generation(generator, prompts, options)
-    replies = [[] for _ in prompts]
-    while not generation.finished:
-        for reply, new in zip(replies, generation.advance(steps), strict=True):
-            reply += new
-    assert generation.generated.tolist() == [len(reply) for reply in replies]
-    return replies
 
 
 def uncached(generator: Generator, prompt: Prompt, count: int) -> list[int]:
@@ -110,14 +85,14 @@ def test_nothing_compiles_once_a_bucket_was_used(generator):
     monitoring.register_event_duration_secs_listener(
         lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
     )
-    before = generator.compilations
+    before = generator.programs.compiled
     option = SamplingOptions(temperature=0.7, top_p=0.5, top_k=9, min_p=0.1, seed=3, min_new_tokens=4)
     run(generator, [picture_prompt(44, seed=5)], option.replace({"max_new_tokens": 90}))
     run(generator, [text_prompt(3, seed=5)], option.replace({"frequency_penalty": 1.0, "max_new_tokens": 60}))
     run(generator, [text_prompt(64, seed=6)], SamplingOptions(max_new_tokens=1), steps=1)
-    assert (generator.compilations - before, compiled) == (0, [])
+    assert (generator.programs.compiled - before, compiled) == (0, [])
     run(generator, [text_prompt(130, seed=7)], SamplingOptions(max_new_tokens=1))
-    assert generator.compilations == before + 1
+    assert generator.programs.compiled == before + 1
     assert compiled  # the listener does listen
 
 
@@ -128,9 +103,9 @@ def test_decoding_copies_no_cache(generator):
         generation = Generation(generator, [text_prompt(length)], [SamplingOptions()])
         generation.advance()
         old = generation._state
-        arguments = (generation._past, generation._fixed, generation._lengths, np.int32(0), np.int32(1))
-        program = generator._decode.lower(
-            generator._leaves, *arguments, generation._stopped, state=generation._state
+        arguments = (generation._past, generation._fixed, generation._rows, np.int32(0), np.int32(1))
+        program = generator._decode.jitted.lower(
+            generator.leaves, *arguments, generation._stopped, state=generation._state
         ).compile()
         scratch[length] = program.memory_analysis().temp_size_in_bytes
         size[length] = sum(array.nbytes for array in jax.tree.leaves(generation._past))
@@ -188,7 +163,7 @@ def test_bfloat16_generates(small_model):
 def test_a_model_split_over_devices_generates_the_same(small_model, generator):
     mesh = make_mesh("tensor", jax.devices()[:2])
     split = Generator(jax.device_put(small_model, param_shardings(small_model, mesh)))
-    assert len(split._leaves[0].sharding.device_set) == 2
+    assert len(split.leaves[0].sharding.device_set) == 2
     prompts = [picture_prompt(20, seed=0), text_prompt(70, seed=1)]
     option = SamplingOptions(max_new_tokens=40)
     assert run(split, prompts, option) == run(generator, prompts, option)

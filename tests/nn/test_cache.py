@@ -8,6 +8,7 @@ import pytest
 from qwenvl_jax.nn import cache as kv_cache
 
 ROWS, HEADS, HEAD_DIM, RECENT = 3, 2, 4, 3
+NONE = np.zeros(ROWS, np.int32)  # every row's tokens begin in the first recent slot
 LENGTHS = np.array([5, 2, 4])  # of the prompts, padded on the right to the longest
 
 
@@ -37,14 +38,14 @@ def test_steps_over_the_cache_are_attention_over_everything(grow):
     step = jax.jit(
         lambda cache, q, k, v, past, at: (
             (filled := cache.append(k, v, at)),
-            filled.attend(q, kv_cache.cached_mask(past, cache.past_k.shape[2], at, RECENT)),
+            filled.attend(q, kv_cache.cached_mask(past, cache.past_k.shape[2], NONE, at, RECENT)),
         )
     )
     for count in range(8):
         at = count % RECENT
         if count and at == 0:
             slots += grow
-            cache = kv_cache.flush(cache, past, slots)
+            cache = kv_cache.flush(cache, past, NONE, slots)
             past = past + RECENT
         q, k, v = (random(generator, 1) for _ in range(3))
         cache, mixed = step(cache, q, k, v, past, jnp.int32(at))
@@ -71,7 +72,7 @@ def test_flush_moves_each_row_behind_its_own_tokens():
     prompt = random(generator, 6)
     new = random(generator, RECENT)
     cache = kv_cache.start(prompt, prompt, RECENT).append(new, new, jnp.int32(0))
-    flushed = kv_cache.flush(cache, jnp.array([3, 0, 6]), 8)
+    flushed = kv_cache.flush(cache, jnp.array([3, 0, 6]), NONE, 8)
     moved = np.asarray(flushed.past_k).transpose(0, 2, 1, 3)
     np.testing.assert_array_equal(moved[0, :6], np.concatenate([prompt[0, :3], new[0]]))
     np.testing.assert_array_equal(moved[1, :3], new[1])
@@ -80,8 +81,8 @@ def test_flush_moves_each_row_behind_its_own_tokens():
 
 
 def test_cached_mask():
-    mask = kv_cache.cached_mask(jnp.array([2, 0]), 3, jnp.int32(1), 3)
-    expected = [[[1, 1, 0, 1, 1, 0]], [[0, 0, 0, 1, 1, 0]]]
+    mask = kv_cache.cached_mask(jnp.array([2, 0, 1]), 3, jnp.array([0, 0, 1]), jnp.int32(1), 3)
+    expected = [[[1, 1, 0, 1, 1, 0]], [[0, 0, 0, 1, 1, 0]], [[1, 0, 0, 0, 1, 0]]]
     np.testing.assert_array_equal(mask, np.array(expected, bool))
 
 

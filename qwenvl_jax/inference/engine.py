@@ -1,0 +1,329 @@
+"""Runs many requests at once on one model: each joins the batch when there is room and leaves it when it is done.
+
+One thread owns the device. In every turn of its loop it takes in a bounded amount of new work (pictures to encode,
+prompts to read), has the batch decode a few steps, and while those run reads what the turn before has given. Every
+shape is compiled by `warm_up`; after that a program that is not there is an error and never a wait of minutes.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
+
+import jax
+import numpy as np
+
+from qwenvl_jax.config import UserError
+from qwenvl_jax.inference.decode import SHORTEST_BUCKET, Generator
+from qwenvl_jax.inference.features import AT_ONCE, PictureFeatures
+from qwenvl_jax.inference.reply import Reply
+from qwenvl_jax.inference.requests import Listener, Request
+from qwenvl_jax.inference.sampling import controls
+from qwenvl_jax.inference.slots import LiveBatch, Prefilled
+from qwenvl_jax.inference.steps import Grown
+
+STEPS_PER_TURN = 4  # decode steps between two looks at what is new
+TOKENS_PER_TURN = 512  # of prompts read in a turn while replies are waiting for their next token
+SMALLEST_CACHE = 128
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """slots: replies in progress at once. max_length: tokens of a prompt and its reply. pictures: features kept."""
+
+    slots: int = 16
+    max_length: int = 1024
+    pictures: int = 512
+
+    def __post_init__(self):
+        for name in ("slots", "max_length", "pictures"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+class Engine:
+    """`warm_up`, then `start`; `submit` and `cancel` from any thread; `stop` at the end.
+
+    generator: the model, which nobody else may use from then on. table: the bytes that each token adds to a text.
+    Raises UserError for more positions than the model has.
+    """
+
+    def __init__(self, generator: Generator, table: Mapping[int, bytes], options: EngineOptions | None = None):
+        self.options = options = options or EngineOptions()
+        most = generator.config.max_position_embeddings
+        if options.max_length > most:
+            raise UserError(f"max_length is {options.max_length}; the model has {most} positions")
+        self.max_length = options.max_length
+        self.last_step = time.monotonic()  # when the loop was last seen at work
+        self._generator, self._table = generator, table
+        self._queries = generator.config.visual.n_queries
+        self._prompt_sizes = _sizes(SHORTEST_BUCKET, options.max_length, between=256)
+        self._features = PictureFeatures(generator, options.pictures)
+        self._batch = LiveBatch(generator, _row_sizes(options.slots), _sizes(SMALLEST_CACHE, options.max_length))
+        self._lock = threading.Lock()
+        self._wake = threading.Condition(self._lock)
+        self._waiting: deque[Reply] = deque()
+        self._stopping = False
+        self._unread: deque[_Report] = deque()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # Before the first request.
+
+    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compiles every program there will be. progress: is told how many are done, of how many."""
+        generator = self._generator
+        shapes: dict[int, Prefilled] = {}
+
+        def prefill(length: int) -> None:
+            past, state, fixed, _ = generator.compile_prefill(length, self._pictures_in(length))
+            shapes[length] = Prefilled(past, state, fixed)
+
+        counts = sorted({self._pictures_in(length) for length in self._prompt_sizes})
+        first = [*self._features.compile(counts)]
+        first += [partial(prefill, length) for length in self._prompt_sizes]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for done, of in _side_by_side(pool, first, lambda: self._batch.compile(dict(sorted(shapes.items())))):
+                if progress is not None:
+                    progress(done, of)
+        self._batch.start()
+        generator.programs.sealed = True
+        self._compiled = generator.programs.compiled
+
+    def start(self) -> None:
+        """Starts the thread that owns the device."""
+        self._thread.start()
+
+    # From any thread.
+
+    def submit(self, request: Request, listener: Listener) -> Reply:
+        """Queues a request. Its listener is called in the engine's thread, and must not wait.
+
+        Raises UserError for a prompt that leaves no room for a reply or has more pictures than tokens for them.
+        """
+        length = len(request.prompt.input_ids)
+        if not 0 < length < self.max_length:
+            raise UserError(f"the prompt has {length} tokens; 1 to {self.max_length - 1} are possible")
+        most = min(request.options.max_new_tokens, self.max_length - length)
+        option = dataclasses.replace(
+            request.options, max_new_tokens=most, min_new_tokens=min(request.options.min_new_tokens, most)
+        )
+        request = dataclasses.replace(request, options=option)
+        vocabulary = self._generator.config.vocab_size
+        chosen = controls([option], request.stop_ids, vocabulary, logprobs=request.alternatives is not None)
+        if len(request.picture_keys) != len(request.prompt.pixels):
+            keys = tuple(hashlib.sha256(picture.tobytes()).digest() for picture in request.prompt.pixels)
+            request = dataclasses.replace(request, picture_keys=keys)
+        reply = Reply(request, listener, chosen, self._table)
+        with self._wake:
+            if self._stopping or (self._thread.ident is not None and not self._thread.is_alive()):
+                raise RuntimeError("the engine has stopped")
+            self._waiting.append(reply)
+            self._wake.notify()
+        return reply
+
+    def cancel(self, reply: Reply) -> None:
+        """Ends a request for which nobody waits any more; its listener hears nothing after that."""
+        with self._wake:
+            reply.cancelled = True
+            self._wake.notify()
+
+    def stop(self) -> None:
+        """Ends the thread after its turn; what was not finished ends in an error."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def running(self) -> int:
+        """Replies in the batch."""
+        return int(np.sum(self._batch.live))
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are not in the batch yet."""
+        return len(self._waiting)
+
+    @property
+    def recompiles(self) -> int:
+        """Programs compiled since `warm_up`."""
+        return self._generator.programs.compiled - self._compiled
+
+    @property
+    def cache_usage(self) -> float:
+        """The share of the largest cache that holds tokens."""
+        return self._batch.filled / (self._batch.most * self.max_length)
+
+    @property
+    def picture_hits(self) -> tuple[int, int]:
+        """Pictures whose features were there, and pictures asked for."""
+        return self._features.hits, self._features.queries
+
+    # In the engine's thread.
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._waiting or self._unread or self._batch.live.any() or self._stopping):
+                    self._wake.wait()
+                if self._stopping:
+                    break
+            self.last_step = time.monotonic()
+            try:
+                self._turn()
+            except Exception as error:
+                logger.exception("a turn of the engine failed")
+                self._fail(self._batch.replies, repr(error))
+                self._unread.clear()
+                self._batch.start()
+        self._fail([*self._batch.replies, *self._waiting], "the engine was stopped")
+
+    def _turn(self) -> None:
+        self._forget_cancelled()
+        before = len(self._unread)
+        self._admit()
+        if self._batch.live.any():
+            self._unread.append(_Report.of(*self._batch.decode(STEPS_PER_TURN)))
+        else:
+            before = len(self._unread)
+        # What this turn has asked for is read in the next one: the device always has something to do.
+        for _ in range(before):
+            self._read(self._unread.popleft())
+
+    def _forget_cancelled(self) -> None:
+        with self._lock:
+            self._waiting = deque(reply for reply in self._waiting if not reply.cancelled)
+        for reply in self._batch.replies:
+            if reply is not None and reply.cancelled:
+                self._batch.drop(reply)
+
+    def _admit(self) -> None:
+        """Takes in requests while there are rows; where replies are in progress, as much as may hold them up."""
+        room = self._batch.most - self.running
+        budget = TOKENS_PER_TURN if self.running else None
+        while self._waiting and room and (budget is None or budget > 0):
+            reply = self._waiting[0]
+            try:
+                if self._encode(reply) and budget is not None:
+                    return
+                one, first, size = self._prefill(reply)
+            except Exception as error:  # of this request alone
+                logger.exception("a request failed before its first token")
+                self._leave_queue(reply)
+                self._fail([reply], repr(error))
+                continue
+            self._leave_queue(reply)
+            self._batch.put(reply, one, len(reply.request.prompt.input_ids))
+            self._unread.append(_Report.of(first, [reply]))
+            room -= 1
+            budget = None if budget is None else budget - size
+
+    def _leave_queue(self, reply: Reply) -> None:
+        with self._lock:
+            self._waiting.remove(reply)
+
+    def _encode(self, reply: Reply) -> bool:
+        """Encodes pictures of a request, those that may be encoded at once; whether there were any."""
+        request = reply.request
+        missing = self._features.missing(request.picture_keys)[: AT_ONCE[0]]
+        if missing:
+            self._features.encode([request.picture_keys[place] for place in missing], request.prompt.pixels[missing])
+            reply.encoded += len(missing)
+        return bool(missing)
+
+    def _prefill(self, reply: Reply) -> tuple[Prefilled, Grown, int]:
+        """Reads a prompt. Returns the reply, its first token, and the number of tokens computed."""
+        while self._encode(reply):
+            pass
+        request = reply.request
+        size = next(size for size in self._prompt_sizes if size >= len(request.prompt.input_ids))
+        features = self._features.stack(request.picture_keys, self._pictures_in(size))
+        self._features.count(len(request.picture_keys), reply.encoded)
+        batch = self._generator.batch([request.prompt], room=1, features=features, length=size)
+        past, state, fixed, first = self._generator.prefill(batch, reply.controls)
+        return Prefilled(past, state, fixed), first, size
+
+    def _pictures_in(self, length: int) -> int:
+        """How many pictures a prompt of so many tokens can have, one at least: text has one that is nowhere."""
+        return max(length // (self._queries + 2), 1)  # with the tags around it
+
+    def _read(self, report: "_Report") -> None:
+        """Tells the listeners what is new, and takes replies that are done out of the batch."""
+        grown = jax.device_get(report.grown)
+        for row, reply in enumerate(report.replies):
+            if reply is None or reply.finished or reply.cancelled:
+                continue
+            reply.grow(grown, row, report.start)
+            if reply.finished:
+                self._batch.drop(reply)
+
+    def _fail(self, replies: Sequence[Reply | None], error: str) -> None:
+        for reply in replies:
+            if reply is not None and not reply.finished:
+                reply.fail(error)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Report:
+    """What a call gives, still on the device: for the replies that had the rows then, tokens from slot `start` on."""
+
+    grown: Grown
+    replies: list[Reply | None]
+    start: int
+
+    @classmethod
+    def of(cls, grown: Grown, replies: list[Reply | None], start: int = 0) -> "_Report":
+        """Begins to copy what the replies ask for."""
+        if not any(reply is not None and reply.request.alternatives is not None for reply in replies):
+            grown = grown._replace(choices=None)
+        for array in jax.tree.leaves(grown):
+            array.copy_to_host_async()
+        return cls(grown, replies, start)
+
+
+def _side_by_side(
+    pool: ThreadPoolExecutor, first: Sequence[Callable[[], None]], then: Callable[[], Sequence[Callable[[], None]]]
+) -> Iterator[tuple[int, int]]:
+    """Runs the first tasks, then those that come of them; yields how many are done, of how many that are known."""
+    done = total = 0
+    for tasks in (lambda: first, then):
+        futures = [pool.submit(task) for task in tasks()]
+        total += len(futures)
+        for future in as_completed(futures):
+            future.result()
+            done += 1
+            yield done, total
+
+
+def _sizes(least: int, most: int, between: int | None = None) -> tuple[int, ...]:
+    """Powers of two from `least` on, up to `most` and `most` itself; from `between` on also what is half way."""
+    sizes = {most}
+    size = least
+    while size < most:
+        sizes.add(size)
+        if between is not None and size >= between and size * 3 // 2 < most:
+            sizes.add(size * 3 // 2)
+        size *= 2
+    return tuple(sorted(sizes))
+
+
+def _row_sizes(most: int) -> tuple[int, ...]:
+    """1, 4, 16, ... and `most` itself."""
+    sizes, size = [], 1
+    while size < most:
+        sizes.append(size)
+        size *= 4
+    return (*sizes, most)

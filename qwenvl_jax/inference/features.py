@@ -1,0 +1,76 @@
+"""Features of pictures for an engine: encoded a few at a time, and kept on the device for pictures that come again."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwenvl_jax.inference.decode import Generator
+from qwenvl_jax.models.qwen_vl import QwenVL
+
+AT_ONCE = (4, 1)  # pictures encoded by one call: more would keep the decode steps of others waiting
+
+
+class PictureFeatures:
+    """Features [Q, D] by the digests of their pictures, the least recently used dropped first.
+
+    capacity: pictures kept. Not for several threads.
+    """
+
+    def __init__(self, generator: Generator, capacity: int):
+        self.queries = self.hits = 0  # pictures asked for, and those that were there
+        self._generator = generator
+        self._capacity = capacity
+        self._kept: OrderedDict[bytes, jax.Array] = OrderedDict()
+        self._encode = generator.program(_encode_each)
+        self._stack = generator.program(_stacked)
+        self._nothing = np.zeros((generator.config.visual.n_queries, generator.config.hidden_size), np.float32)
+
+    def compile(self, pictures: Sequence[int]) -> list[Callable[[], None]]:
+        """What compiles all programs, for stacks of these numbers of pictures."""
+        generator = self._generator
+        shapes = {count: generator.pixels(count) for count in AT_ONCE}
+        one = jax.eval_shape(self._encode.jitted, generator.leaves, shapes[1])[0]
+        self._nothing = self._nothing.astype(one.dtype)
+        return [
+            *(lambda count=count: self._encode.compile(count, generator.leaves, shapes[count]) for count in AT_ONCE),
+            *(lambda count=count: self._stack.compile(count, generator.leaves, [one] * count) for count in pictures),
+        ]
+
+    def missing(self, keys: Sequence[bytes]) -> list[int]:
+        """Places of the pictures that must be encoded first, each picture once."""
+        first = {key: place for place, key in reversed(list(enumerate(keys)))}
+        return sorted(place for key, place in first.items() if key not in self._kept)
+
+    def encode(self, keys: Sequence[bytes], pixels: np.ndarray) -> None:
+        """Encodes pictures, float32 [I, 3, S, S] with I at most AT_ONCE[0], and keeps their features."""
+        count = next(count for count in reversed(AT_ONCE) if count >= len(keys))
+        padded = np.zeros((count, *pixels.shape[1:]), np.float32)
+        padded[: len(pixels)] = pixels
+        features = self._encode[count](self._generator.leaves, padded)
+        self._kept |= dict(zip(keys, features, strict=False))
+
+    def count(self, pictures: int, encoded: int) -> None:
+        """Adds a request's pictures to the counts, of which so many had to be encoded."""
+        self.queries += pictures
+        self.hits += pictures - encoded
+
+    def stack(self, keys: Sequence[bytes], count: int) -> jax.Array:
+        """[count, Q, D]: the features of pictures that are there, and zeros."""
+        for key in keys:
+            self._kept.move_to_end(key)
+        found = [self._kept[key] for key in keys] + [self._nothing] * (count - len(keys))
+        stacked = self._stack[count](self._generator.leaves, found)
+        while len(self._kept) > self._capacity:
+            self._kept.popitem(last=False)
+        return stacked
+
+
+def _encode_each(model: QwenVL, pixels: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(model.encode_images(pixels))
+
+
+def _stacked(model: QwenVL, features: list[jax.Array]) -> jax.Array:
+    return jnp.stack(features)

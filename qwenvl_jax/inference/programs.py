@@ -1,0 +1,51 @@
+"""Compiled programs that are looked up by a key, so that an engine can compile all of them ahead and then no more."""
+
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+
+
+class NotCompiled(RuntimeError):
+    """A program was needed, after all had been compiled, that was not among them: a mistake in the list of shapes."""
+
+
+class Counter:
+    """How many programs have been compiled, and whether more may be."""
+
+    def __init__(self) -> None:
+        self.compiled = 0
+        self.sealed = False
+
+
+class Program:
+    """A jitted function and what of it is compiled ahead, by keys that stand for the shapes of its arguments.
+
+    `program[key]` is to be called: what `compile` made for the key or, where there is none, the jitted function, which
+    compiles when it has to. Once the counter is sealed there must be one. options: those of `jax.jit`.
+    """
+
+    def __init__(self, function: Callable, counter: Counter, **options: Any):
+        @functools.wraps(function)
+        def counted(*args, **kwargs):
+            counter.compiled += 1  # runs once per compilation, when the program is traced
+            return function(*args, **kwargs)
+
+        self.name = function.__name__
+        self.jitted = jax.jit(counted, **options)
+        self._counter = counter
+        self._ahead: dict[Hashable, jax.stages.Compiled] = {}
+
+    def __getitem__(self, key: Hashable) -> Callable:
+        """Raises NotCompiled."""
+        if key in self._ahead:
+            return self._ahead[key]
+        if self._counter.sealed:
+            raise NotCompiled(f"{self.name} {key} was not compiled ahead; there is {list(self._ahead)}")
+        return self.jitted
+
+    def compile(self, key: Hashable, *args: Any, **kwargs: Any) -> None:
+        """Compiles for arguments of these shapes: arrays or `jax.ShapeDtypeStruct`s. Threads may do so side by side."""
+        if key not in self._ahead:
+            self._ahead[key] = self.jitted.lower(*args, **kwargs).compile()

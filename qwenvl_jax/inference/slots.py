@@ -1,0 +1,261 @@
+"""The live batch of an engine: rows that replies take and leave, in arrays that are as large as what is live.
+
+The arrays hold R rows of S slots, R and S each one of a few sizes, so decode steps read little that is not in use and
+there are few programs. A reply that comes in is written into a free row; when rows or slots run out, or far fewer would
+do, the arrays are moved to the next size, one array after the other. Which replies those are is the engine's business.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwenvl_jax.inference.decode import Generator
+from qwenvl_jax.inference.programs import Program
+from qwenvl_jax.inference.steps import CHUNK, Fixed, Grown, Past, Rows, State
+from qwenvl_jax.nn import cache as kv_cache
+
+
+class Prefilled(NamedTuple):
+    """A reply that has its first token: a batch of one row, from `Generator.prefill`."""
+
+    past: Past  # T slots
+    state: State
+    fixed: Fixed
+
+
+class LiveBatch:
+    """Rows of replies in progress. row_sizes, slot_sizes: what R and S may be, ascending. Not for several threads."""
+
+    def __init__(self, generator: Generator, row_sizes: Sequence[int], slot_sizes: Sequence[int]):
+        self._row_sizes, self._slot_sizes = tuple(row_sizes), tuple(slot_sizes)
+        self._generator = generator
+        counter = generator.programs
+        self._place = Program(_place, counter, donate_argnums=0)
+        self._flush = Program(_flush, counter, donate_argnums=0)
+        self._resize = Program(_resize, counter, static_argnames="slots")
+        self._join = Program(_join, counter, donate_argnums=0)
+        self._take = Program(_take, counter)
+
+    def compile(self, replies: dict[int, Prefilled]) -> list[Callable[[], None]]:
+        """What compiles all programs. replies: the shapes of a prefilled reply, by its number of slots T."""
+        self._shape = next(iter(replies.values()))
+        tasks = []
+        for rows in self._row_sizes:
+            tasks += self._compile_rows(rows)
+            for slots in self._slot_sizes:
+                tasks += self._compile_size(
+                    rows, slots, [reply for length, reply in replies.items() if length <= slots]
+                )
+        return tasks
+
+    def start(self) -> None:
+        """An empty batch of the smallest size."""
+        rows, slots = self._row_sizes[0], self._slot_sizes[0]
+        # From the host, since `jnp.zeros` would be one more program for every shape.
+        self._past, self._state, self._fixed = jax.tree.map(
+            lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), self._sized(rows, slots)
+        )
+        self.replies: list[Any] = [None] * rows  # who has which row
+        self._lengths, self._born = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        self._used = 0  # filled recent slots
+
+    @property
+    def most(self) -> int:
+        """How many replies there may be."""
+        return self._row_sizes[-1]
+
+    @property
+    def live(self) -> np.ndarray:
+        """bool [R], the rows that are taken."""
+        return np.array([reply is not None for reply in self.replies])
+
+    @property
+    def filled(self) -> int:
+        """Slots in use, over all rows."""
+        return int(np.sum(self._filled()))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """R and S."""
+        return self._past.shape
+
+    def put(self, reply: Any, one: Prefilled, length: int) -> None:
+        """Takes in a reply whose prompt has `length` tokens. There must be fewer than `most`."""
+        self._fit(coming=1, slots=one.past.shape[1])
+        if not self.live.any():
+            self._used = 0
+        row = self.replies.index(None)
+        place = self._place[*self.size, one.past.shape[1]]
+        self._past = _each(place, (self._past, one.past), np.int32(row))
+        ours, theirs = (_but_recent(self._state), self._fixed), (_but_recent(one.state), one.fixed)
+        small, self._fixed = self._join[len(self.replies)](ours, theirs, np.int32(row))
+        self._state = small._replace(recent_k=self._state.recent_k, recent_v=self._state.recent_v)
+        self.replies[row], self._lengths[row], self._born[row] = reply, length, self._used
+
+    def drop(self, reply: Any) -> None:
+        """Gives up the row of a reply."""
+        row = self.replies.index(reply)
+        self.replies[row], self._lengths[row], self._born[row] = None, 0, 0
+
+    def decode(self, steps: int) -> tuple[Grown, list[Any], int]:
+        """At most `steps` more tokens of every reply: in the slots from the last number on, for the replies listed."""
+        self._fit()
+        if self._used == CHUNK:
+            self._flush_recent()
+        start = self._used
+        self._used = min(start + steps, CHUNK)
+        rows = Rows(self._lengths.copy(), self._born.copy())
+        self._state, grown = self._generator.decode(
+            self._past, self._state, self._fixed, rows, start, self._used - start, ~self.live
+        )
+        return grown, list(self.replies), start
+
+    def _filled(self) -> np.ndarray:
+        return np.where(self.live, self._lengths + self._used - self._born, 0)
+
+    def _fit(self, coming: int = 0, slots: int = 0) -> None:
+        """Brings the arrays to a size for the replies, `coming` more, and `slots` slots in each.
+
+        A size is left for a smaller one only where there is some room in that, lest it change with every reply.
+        """
+        count = int(np.sum(self.live)) + coming
+        if count > len(self.replies):
+            self._to_rows(_least(self._row_sizes, count))
+        elif (roomy := _least(self._row_sizes, 2 * count if count > 1 else 1)) < len(self.replies):
+            self._to_rows(roomy)
+        needed = max(int(np.max(self._filled())) + CHUNK, slots)
+        if needed > self.size[1]:
+            self._to_slots(_least(self._slot_sizes, needed))
+        elif (roomy := _least(self._slot_sizes, needed + CHUNK)) < self.size[1]:
+            self._to_slots(roomy)
+
+    def _flush_recent(self) -> None:
+        recent = Past(self._state.recent_k, self._state.recent_v)
+        lengths, born = self._lengths.copy(), self._born.copy()
+        flush = self._flush[self.size]
+        self._past = _each(flush, (self._past, recent), lengths, born)
+        self._lengths = self._filled().astype(np.int32)
+        self._born[:] = self._used = 0
+
+    def _to_rows(self, rows: int) -> None:
+        """Changes R by way of the sizes between, with the replies moved to the front."""
+        while len(self.replies) != rows:
+            index = np.flatnonzero(self.live).astype(np.int32)
+            size, count = _next(self._row_sizes, len(self.replies), rows), len(index)
+            index = np.pad(index, (0, size - count))  # rows that no one has may hold anything
+            recent = Past(self._state.recent_k, self._state.recent_v)
+            for_past, for_recent = (self._resize[self.size[0], slots, size, slots] for slots in (self.size[1], CHUNK))
+            small, self._fixed = self._take[self.size[0], size]((_but_recent(self._state), self._fixed), index)
+            recent = _each(for_recent, [recent], index)
+            self._past = _each(for_past, [self._past], index)
+            self._state = small._replace(recent_k=recent.k, recent_v=recent.v)
+            self._lengths, self._born = self._lengths[index], self._born[index]
+            self._lengths[count:] = self._born[count:] = 0
+            self.replies = [reply for reply in self.replies if reply is not None] + [None] * (size - count)
+
+    def _to_slots(self, slots: int) -> None:
+        while self.size[1] != slots:
+            rows, old = self.size
+            every = np.arange(rows, dtype=np.int32)
+            resize = self._resize[rows, old, rows, _next(self._slot_sizes, old, slots)]
+            self._past = _each(resize, [self._past], every)
+
+    def _sized(self, rows: int, slots: int) -> tuple[Past, State, Fixed]:
+        """The shapes of a batch of this size."""
+
+        def resized(leaf, *inner):
+            return jax.ShapeDtypeStruct((rows, *(inner or leaf.shape[1:])), leaf.dtype, sharding=leaf.sharding)
+
+        one = self._shape
+        _, heads, _, head_dim = one.past.k[0].shape
+        return _each(resized, [one.past], heads, slots, head_dim), *jax.tree.map(resized, (one.state, one.fixed))
+
+    def _compile_rows(self, rows: int) -> list[Callable[[], None]]:
+        """The programs for so many rows that do not touch the past."""
+        _, state, fixed = self._sized(rows, 1)
+        ours, theirs = (_but_recent(state), fixed), (_but_recent(self._shape.state), self._shape.fixed)
+        row = jax.ShapeDtypeStruct((), np.int32)
+        tasks: list[Callable[[], None]] = [partial(self._join.compile, rows, ours, theirs, row)]
+        for other in _neighbours(self._row_sizes, rows):
+            index = jax.ShapeDtypeStruct((other,), np.int32)
+            tasks.append(partial(self._take.compile, (rows, other), ours, index))
+            recent = state.recent_k[0]
+            tasks.append(partial(self._resize.compile, (rows, CHUNK, other, CHUNK), recent, index, slots=CHUNK))
+        return tasks
+
+    def _compile_size(self, rows: int, slots: int, replies: Sequence[Prefilled]) -> list[Callable[[], None]]:
+        """The programs for a past of this size: decode steps first, the others take no time."""
+        past, state, fixed = self._sized(rows, slots)
+        array, number = past.k[0], jax.ShapeDtypeStruct((), np.int32)
+        places, flags = (jax.ShapeDtypeStruct((rows,), dtype) for dtype in (np.int32, bool))
+
+        def moves() -> None:
+            self._flush.compile((rows, slots), array, state.recent_k[0], places, places)
+            for reply in replies:
+                self._place.compile((rows, slots, reply.past.shape[1]), array, reply.past.k[0], number)
+            for other in _neighbours(self._row_sizes, rows):
+                index = jax.ShapeDtypeStruct((other,), np.int32)
+                self._resize.compile((rows, slots, other, slots), array, index, slots=slots)
+            for other in _neighbours(self._slot_sizes, slots):
+                self._resize.compile((rows, slots, rows, other), array, places, slots=other)
+
+        def decode() -> None:
+            self._generator.compile_decode(past, state, fixed, Rows(places, places), number, flags)
+
+        return [decode, moves]
+
+
+def _each(function: Callable[..., Any], pasts: Sequence[Past], *rest: Any) -> Past:
+    """A past of what the function makes of each array, its counterparts in the other pasts, and the rest."""
+    sides = zip(*pasts, strict=True)
+    return Past(*([function(*arrays, *rest) for arrays in zip(*side, strict=True)] for side in sides))
+
+
+def _but_recent(state: State) -> State:
+    return state._replace(recent_k=[], recent_v=[])
+
+
+def _least(sizes: Sequence[int], needed: int) -> int:
+    """The smallest size that is enough, or the largest."""
+    return next((size for size in sizes if size >= needed), sizes[-1])
+
+
+def _next(sizes: Sequence[int], size: int, wanted: int) -> int:
+    return sizes[sizes.index(size) + (1 if wanted > size else -1)]
+
+
+def _neighbours(sizes: Sequence[int], size: int) -> list[int]:
+    place = sizes.index(size)
+    return [*sizes[max(place - 1, 0) : place], *sizes[place + 1 : place + 2]]
+
+
+# Below: what the programs compute.
+
+
+def _place(old: jax.Array, new: jax.Array, row: jax.Array) -> jax.Array:
+    """new [1, N, T, H] in the first slots of a row of old [R, N, S, H]."""
+    return jax.lax.dynamic_update_slice(old, new, (row, 0, 0, 0))
+
+
+def _flush(old: jax.Array, recent: jax.Array, lengths: jax.Array, born: jax.Array) -> jax.Array:
+    return kv_cache.flushed(old, recent, lengths, born, old.shape[2])
+
+
+def _resize(old: jax.Array, index: jax.Array, slots: int) -> jax.Array:
+    """The rows int [R'] of old [R, N, S, H], with `slots` slots."""
+    rows = old[index]
+    more = slots - old.shape[2]
+    return jnp.pad(rows, ((0, 0), (0, 0), (0, more), (0, 0))) if more > 0 else rows[:, :, :slots]
+
+
+def _join(ours: Any, theirs: Any, row: jax.Array) -> Any:
+    """Arrays [R, ...] with the one row of arrays [1, ...] in the given row."""
+    return jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, row, axis=0), ours, theirs)
+
+
+def _take(ours: Any, index: jax.Array) -> Any:
+    return jax.tree.map(lambda old: old[index], ours)

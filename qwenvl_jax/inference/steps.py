@@ -1,0 +1,223 @@
+"""What inference computes, as plain functions to be compiled: prefill, decode steps, flushing, logits, scores.
+
+A batch is B rows with a reply each. Its rows may have come in at different times (`Rows.born`), which is all that the
+difference between a static batch and one that requests join and leave is to these functions. Which shapes there are,
+and what is compiled when, is the business of `decode.py` and `slots.py`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qwenvl_jax.inference.sampling import Array, Controls, sample
+from qwenvl_jax.models.qwen_vl import QwenVL
+from qwenvl_jax.nn import cache as kv_cache
+from qwenvl_jax.nn.attention import causal_mask
+
+CHUNK = 32  # tokens that a reply may grow by before its cache is flushed, and the most steps of one call
+MOST_ALTERNATIVES = 20  # tokens whose log-probabilities are kept beside that of the chosen one
+
+
+class Past(NamedTuple):
+    """Keys and values that decode steps only read, [B, N, S, H] per layer."""
+
+    k: list[jax.Array]
+    v: list[jax.Array]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """B, S."""
+        return self.k[0].shape[0], self.k[0].shape[2]
+
+
+class Choice(NamedTuple):
+    """How a token was chosen; shapes [B], [B, K], [B, K] for one token and [B, CHUNK, ...] for several.
+
+    Natural logarithms of probabilities before penalties and temperature, zero in batches that ask for none.
+    """
+
+    logprob: jax.Array
+    top_ids: jax.Array  # most likely first
+    top_logprobs: jax.Array
+
+
+class State(NamedTuple):
+    """What decode steps change, for a batch of B replies. Passed on from call to call; the old one is used up."""
+
+    recent_k: list[jax.Array]  # [B, N, CHUNK, H] per layer
+    recent_v: list[jax.Array]
+    last: jax.Array  # int32 [B], the newest token, not yet in the cache
+    logits: jax.Array  # float32 [B, V], which it was chosen from
+    counts: jax.Array  # int32 [B, V], how often the reply has each token
+    generated: jax.Array  # int32 [B], tokens of the reply
+    done: jax.Array  # bool [B]
+    broken: jax.Array  # bool [B], some logit was no number; the reply is done
+
+
+class Fixed(NamedTuple):
+    """What stays the same for a whole reply."""
+
+    controls: Controls
+    in_prompt: jax.Array  # bool [B, V], tokens of the prompt
+    frequencies: Array  # float32 [B, R / 2] with R rotated dimensions
+    shift: Array  # int32 [B], position of the first prompt token; 0 but for comparisons with left-padded batches
+
+
+class Rows(NamedTuple):
+    """Where the tokens of each row are, int32 [B]: filled slots of the past, and the first recent slot that counts."""
+
+    lengths: Any
+    born: Any
+
+
+class Grown(NamedTuple):
+    """What a call has added, in arrays of its own: the state itself goes on into the next call."""
+
+    # int32 [B, CHUNK]: slot i holds the token that followed the one in recent slot i. Of a prefill: [B, 1]
+    tokens: jax.Array
+    choices: Choice | None  # None on the host, where nobody asks for them
+    generated: jax.Array  # int32 [B]
+    done: jax.Array  # bool [B]
+    broken: jax.Array  # bool [B]
+
+
+def encode(model: QwenVL, pixels: jax.Array) -> jax.Array:
+    """pixels float32 [I, 3, S, S], normalised -> features [I, Q, D]."""
+    return model.encode_images(pixels)
+
+
+def forward(model: QwenVL, ids, slots, features, mask, positions, rotary):
+    """Hidden states [B, T, D], and keys and values per layer, of tokens with nothing before them."""
+    context = model.context(mask, positions, rotary)
+    return model(model.embed(ids, features, slots), context)
+
+
+def prefill(model: QwenVL, ids, slots, lengths, features, controls: Controls, rotary, shift, finished):
+    """Reads prompts [B, T] and chooses the first token of each reply. Returns past, state, fixed and those tokens."""
+    rows, length = ids.shape
+    # Padding comes after the tokens of a row, so the causal mask hides it.
+    mask = causal_mask(jnp.ones((1, length), bool))
+    positions = shift[:, None] + jnp.arange(length)
+    hidden, kv = forward(model, ids, slots, features, mask, positions, rotary)
+    logits = model.logits(hidden[jnp.arange(rows), lengths - 1])
+
+    vocabulary = logits.shape[-1]
+    real = jnp.where(jnp.arange(length) < lengths[:, None], ids, vocabulary)
+    in_prompt = jnp.zeros(logits.shape, bool).at[jnp.arange(rows)[:, None], real].set(True, mode="drop")
+    caches = [kv_cache.start(k, v, CHUNK) for k, v in kv]
+    state = State(
+        recent_k=[cache.recent_k for cache in caches],
+        recent_v=[cache.recent_v for cache in caches],
+        last=jnp.zeros(rows, jnp.int32),
+        logits=logits,
+        counts=jnp.zeros(logits.shape, jnp.int32),
+        generated=jnp.zeros(rows, jnp.int32),
+        done=finished,
+        broken=jnp.zeros(rows, bool),
+    )
+    fixed = Fixed(controls, in_prompt, rotary, shift)
+    state, choice = choose(state, logits, fixed)
+    first = Grown(
+        state.last[:, None],
+        jax.tree.map(lambda part: part[:, None], choice),
+        state.generated,
+        state.done,
+        state.broken,
+    )
+    return Past([cache.past_k for cache in caches], [cache.past_v for cache in caches]), state, fixed, first
+
+
+def choose(state: State, logits: jax.Array, fixed: Fixed) -> tuple[State, Choice]:
+    """The state with the next token of every reply that is not done, and how it was chosen."""
+    controls = fixed.controls
+    token = sample(logits, controls, fixed.in_prompt, state.counts, state.generated)
+    going = ~state.done
+    generated = state.generated + going
+    rows = jnp.arange(len(token))
+    ended = controls.stops[rows, token] | (generated >= controls.max_new_tokens)
+    broken = ~jnp.all(jnp.isfinite(logits), axis=-1) & going
+    state = state._replace(
+        last=token,
+        logits=logits,
+        counts=state.counts.at[rows, token].add(going.astype(jnp.int32)),
+        generated=generated,
+        done=state.done | ended | broken,
+        broken=state.broken | broken,
+    )
+    return state, described(logits, token, jnp.any(controls.logprobs & going))
+
+
+def described(logits: jax.Array, token: jax.Array, wanted: jax.Array) -> Choice:
+    """The log-probabilities of the chosen tokens int [B] and of the most likely ones, where `wanted` (bool [])."""
+    most = min(MOST_ALTERNATIVES, logits.shape[-1])
+
+    def measured(logits):
+        logprobs = jax.nn.log_softmax(logits, axis=-1)
+        top, ids = jax.lax.top_k(logprobs, most)
+        return Choice(jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0], ids.astype(jnp.int32), top)
+
+    def nothing(logits):
+        rows = logits.shape[0]
+        return Choice(jnp.zeros(rows), jnp.zeros((rows, most), jnp.int32), jnp.zeros((rows, most)))
+
+    return jax.lax.cond(wanted, measured, nothing, logits)
+
+
+def decode(
+    model: QwenVL, past: Past, fixed: Fixed, rows: Rows, used, end, stopped, *, state: State
+) -> tuple[State, Grown]:
+    """Decode steps into the recent slots from `used` to `end`, fewer when every reply is done.
+
+    stopped bool [B]: replies that have ended for a reason the model does not know.
+    """
+    batch, slots = past.shape
+    most = min(MOST_ALTERNATIVES, state.logits.shape[-1])
+    choices = Choice(
+        jnp.zeros((batch, CHUNK)), jnp.zeros((batch, CHUNK, most), jnp.int32), jnp.zeros((batch, CHUNK, most))
+    )
+
+    def step(carry):
+        at, state, tokens, choices = carry
+        mask = kv_cache.cached_mask(rows.lengths, slots, rows.born, at, CHUNK)
+        positions = (fixed.shift + rows.lengths - rows.born + at)[:, None]
+        context = model.context(mask, positions, jnp.asarray(fixed.frequencies), cache_slot=at)
+        layers = zip(past.k, past.v, state.recent_k, state.recent_v, strict=True)
+        caches = [kv_cache.LayerCache(*layer) for layer in layers]
+        hidden, caches = model(model.embed(state.last[:, None]), context, caches)
+        state = state._replace(recent_k=[c.recent_k for c in caches], recent_v=[c.recent_v for c in caches])
+        state, choice = choose(state, model.logits(hidden[:, 0]), fixed)
+
+        def put(old, new):
+            return jax.lax.dynamic_update_slice_in_dim(old, new[:, None], at, axis=1)
+
+        return at + 1, state, put(tokens, state.last), jax.tree.map(put, choices, choice)
+
+    def unfinished(carry):
+        at, state, *_ = carry
+        return (at < end) & ~jnp.all(state.done)
+
+    start = (used, state._replace(done=state.done | stopped), jnp.zeros((batch, CHUNK), jnp.int32), choices)
+    _, state, tokens, choices = jax.lax.while_loop(unfinished, step, start)
+    return state, Grown(tokens, choices, state.generated, state.done, state.broken)
+
+
+def flush(past: Past, recent_k, recent_v, rows: Rows, slots: int) -> Past:
+    """The past, of `slots` slots, with all recent tokens behind the filled ones of each row."""
+    layers = zip(past.k, past.v, recent_k, recent_v, strict=True)
+    caches = [kv_cache.flush(kv_cache.LayerCache(*layer), rows.lengths, rows.born, slots) for layer in layers]
+    return Past([cache.past_k for cache in caches], [cache.past_v for cache in caches])
+
+
+def all_logits(model: QwenVL, ids, slots, lengths, features, valid, rotary) -> jax.Array:
+    """float32 [B, T, V] of whole sequences; valid bool [B, T]."""
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    return model.logits(forward(model, ids, slots, features, causal_mask(valid), positions, rotary)[0])
+
+
+def score(model: QwenVL, ids, slots, lengths, features, rotary, positions, targets) -> jax.Array:
+    """float32 [B, K]: log-likelihood of targets int [B, K] as the tokens after positions int [B, K]."""
+    every = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    hidden, _ = forward(model, ids, slots, features, causal_mask(jnp.ones((1, ids.shape[1]), bool)), every, rotary)
+    logits = model.logits(jnp.take_along_axis(hidden, positions[..., None], axis=1))
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]

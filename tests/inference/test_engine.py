@@ -1,0 +1,217 @@
+"""The engine: a request gets what it gets alone, whoever shares the batch; nothing is compiled, lost or left over."""
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from prompts import picture_prompt, run, text_prompt
+
+from qwenvl_jax.config import UserError
+from qwenvl_jax.inference.decode import Generator
+from qwenvl_jax.inference.engine import Engine, EngineOptions
+from qwenvl_jax.inference.programs import NotCompiled
+from qwenvl_jax.inference.requests import Request, TokenChoice, Update
+from qwenvl_jax.inference.sampling import SamplingOptions, controls
+from qwenvl_jax.inference.slots import LiveBatch
+from qwenvl_jax.models.qwen_vl import frequencies
+from qwenvl_jax.processing.template import Prompt
+
+LENGTH = 250  # no power of two, so that there is a last size that is none
+TABLE = {token: bytes([token % 26 + 97]) for token in range(320)}
+
+
+@pytest.fixture(scope="module")
+def engine(small_model) -> Iterator[Engine]:
+    engine = Engine(Generator(small_model), TABLE, EngineOptions(slots=5, max_length=LENGTH, pictures=20))
+    seen = []
+    engine.warm_up(lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (len(seen), len(seen))
+    engine.start()
+    yield engine
+    engine.stop()
+    assert not engine.alive
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(engine) -> Iterator[None]:
+    yield
+    assert (engine.running, engine.waiting, engine.recompiles, engine.cache_usage) == (0, 0, 0, 0)
+
+
+class Listening:
+    """What an engine tells of a request."""
+
+    def __init__(self) -> None:
+        self.updates: list[Update] = []
+        self.ended = threading.Event()
+
+    def __call__(self, update: Update) -> None:
+        self.updates.append(update)
+        if update.finish_reason is not None:
+            self.ended.set()
+
+    @property
+    def last(self) -> Update:
+        assert self.ended.wait(60), self.updates
+        return self.updates[-1]
+
+    @property
+    def tokens(self) -> list[TokenChoice]:
+        assert self.last.finish_reason != "error", self.last.error
+        return [choice for update in self.updates for choice in update.choices]
+
+    @property
+    def text(self) -> str:
+        assert self.last.finish_reason != "error", self.last.error
+        return "".join(update.text for update in self.updates)
+
+
+def ask(engine: Engine, prompt: Prompt, options: SamplingOptions | None = None, **more) -> Listening:
+    listening = Listening()
+    engine.submit(Request(prompt, options or SamplingOptions(max_new_tokens=9), **more), listening)
+    return listening
+
+
+def texts(replies: list[list[int]]) -> list[str]:
+    return ["".join(TABLE[token].decode() for token in reply) for reply in replies]
+
+
+def test_everyone_gets_what_it_gets_alone(engine, generator):
+    """More requests than rows, of all lengths, with pictures and without, greedy and drawn, some of one token."""
+    prompts, options = [], []
+    for number in range(24):
+        length = int(np.random.default_rng(number).integers(1, 120))
+        prompts.append(
+            picture_prompt(length, number % 7, number % 3 + 1) if number % 2 else text_prompt(length, number)
+        )
+        drawn = {"temperature": 0.8, "top_p": 0.9, "seed": number, "repetition_penalty": 1.1} if number % 3 else {}
+        options.append(SamplingOptions(max_new_tokens=1 + 11 * (number % 10), **drawn))
+    alone = [texts(run(generator, [prompt], option))[0] for prompt, option in zip(prompts, options, strict=True)]
+    for _ in range(2):  # the second time pictures are known
+        replies = [ask(engine, prompt, option) for prompt, option in zip(prompts, options, strict=True)]
+        assert [reply.text for reply in replies] == alone
+        assert [reply.last.tokens for reply in replies] == [option.max_new_tokens for option in options]
+        assert {reply.last.finish_reason for reply in replies} == {"length"}
+    pictures = [picture.tobytes() for prompt in prompts for picture in prompt.pixels]
+    assert engine.picture_hits == (2 * len(pictures) - len(set(pictures)), 2 * len(pictures))
+
+
+def test_a_reply_may_fill_the_cache_to_its_end(engine, generator):
+    prompt = text_prompt(LENGTH - 100)
+    replies = [ask(engine, prompt, SamplingOptions(max_new_tokens=1000)) for _ in range(2)]
+    expected = texts(run(generator, [prompt], SamplingOptions(max_new_tokens=100)))
+    assert [reply.text for reply in replies] == expected * 2
+
+
+def test_stop_tokens_and_stop_strings(engine, generator):
+    prompt = text_prompt(30)
+    tokens = run(generator, [prompt], SamplingOptions(max_new_tokens=40))[0]
+    at = next(place for place in range(10, 40) if tokens[place] not in tokens[:place])
+    by_token = ask(engine, prompt, SamplingOptions(max_new_tokens=40), stop_ids=(tokens[at],))
+    assert by_token.text == texts([tokens[:at]])[0]
+    assert (by_token.last.finish_reason, by_token.last.tokens) == ("stop", at + 1)
+    whole = texts([tokens])[0]
+    by_string = ask(engine, prompt, SamplingOptions(max_new_tokens=40, stop=[whole[13:17]]))
+    assert by_string.text == whole[: whole.index(whole[13:17])]
+    assert by_string.last.finish_reason == "stop"
+
+
+def test_log_probabilities_are_those_of_the_model(engine, generator):
+    """Of the text's tokens alone, whatever a stop string cuts off."""
+    prompt = text_prompt(30)
+    option = SamplingOptions(max_new_tokens=8, logit_bias={5: 2.0}, temperature=0.7, seed=3)
+    reply = ask(engine, prompt, option, alternatives=3)
+    assert texts([[choice.token for choice in reply.tokens]]) == [reply.text]
+    ids = prompt.input_ids
+    for choice in reply.tokens:
+        batch = generator.batch([Prompt(ids, np.full(len(ids), -1, np.int32), prompt.pixels, [])])
+        valid = np.arange(batch.ids.shape[1])[None] < len(ids)
+        logits = np.asarray(generator.logits(batch, valid, frequencies(generator.config, [30])))[0, len(ids) - 1]
+        logprobs = logits - np.log(np.sum(np.exp(logits.astype(np.float64))))
+        assert choice.logprob == pytest.approx(logprobs[choice.token], abs=2e-5)
+        best = np.argsort(-logprobs)[:3]
+        assert [token for token, _ in choice.alternatives] == best.tolist()
+        assert [logprob for _, logprob in choice.alternatives] == pytest.approx(logprobs[best], abs=2e-5)
+        ids = np.append(ids, np.int32(choice.token))
+    cut = ask(engine, prompt, SamplingOptions(max_new_tokens=8, stop=["zz", reply.text[3:5]]), alternatives=0)
+    assert texts([[choice.token for choice in cut.tokens]]) == [cut.text]
+
+
+def test_a_bias_forces_and_bans(engine):
+    prompt = text_prompt(20)
+    plain = ask(engine, prompt, alternatives=0)
+    first = plain.tokens[0].token
+    forced = ask(engine, prompt, SamplingOptions(max_new_tokens=5, logit_bias={7: 100}))
+    assert forced.text == TABLE[7].decode() * 5
+    banned = ask(engine, prompt, SamplingOptions(max_new_tokens=5, logit_bias={first: -100}), alternatives=0)
+    assert first not in [choice.token for choice in banned.tokens]
+
+
+def test_who_is_cancelled_hears_nothing_and_the_others_do_not_notice(engine, generator):
+    prompt = text_prompt(30)
+    expected = texts(run(generator, [prompt], SamplingOptions(max_new_tokens=60)))[0]
+    option = SamplingOptions(max_new_tokens=200)
+    gone = []
+    for number in range(12):
+        listening = Listening()
+        gone.append((listening, engine.submit(Request(text_prompt(40, number), option), listening)))
+    stays = ask(engine, prompt, SamplingOptions(max_new_tokens=60))
+    for _, reply in gone:
+        engine.cancel(reply)
+        engine.cancel(reply)
+    assert stays.text == expected
+    assert not any(listening.ended.is_set() for listening, _ in gone)
+
+
+def test_logits_that_are_no_numbers_end_their_own_reply(engine, generator):
+    prompt = text_prompt(30)
+    broken = picture_prompt(20, seed=1)
+    broken.pixels[:] = np.nan
+    other, bad, third = (ask(engine, each) for each in (prompt, broken, prompt))
+    assert bad.last.finish_reason == "error"
+    assert "no numbers" in bad.last.error
+    assert other.text == third.text == texts(run(generator, [prompt], SamplingOptions(max_new_tokens=9)))[0]
+
+
+def test_a_turn_that_fails_ends_its_replies_and_no_others(engine, monkeypatch):
+    def failing(self, steps):
+        monkeypatch.undo()
+        raise RuntimeError("out of memory")
+
+    whole = ask(engine, text_prompt(30)).text
+    monkeypatch.setattr(LiveBatch, "decode", failing)
+    struck = ask(engine, text_prompt(30))
+    assert struck.last.finish_reason == "error"
+    assert "out of memory" in struck.last.error
+    assert ask(engine, text_prompt(30)).text == whole
+    assert engine.alive
+
+
+@pytest.mark.parametrize("length", [0, LENGTH])
+def test_a_prompt_without_room_is_refused(engine, length):
+    with pytest.raises(UserError, match=f"the prompt has {length} tokens; 1 to {LENGTH - 1} are possible"):
+        ask(engine, text_prompt(length))
+
+
+def test_more_positions_than_the_model_has(generator):
+    with pytest.raises(UserError, match="max_length is 257; the model has 256 positions"):
+        Engine(generator, TABLE, EngineOptions(max_length=257))
+
+
+def test_what_was_not_compiled_is_an_error_and_no_wait(engine):
+    two = engine._generator.batch([text_prompt(3)] * 2, features=np.zeros((1, 4, 128), np.float32))
+    with pytest.raises(NotCompiled, match="prefill.*was not compiled ahead"):
+        engine._generator.prefill(two, controls([SamplingOptions()], [], 320))
+
+
+def test_stopping_ends_what_is_in_progress_in_an_error(small_model):
+    engine = Engine(Generator(small_model), TABLE, EngineOptions(slots=1, max_length=128))
+    engine.warm_up()
+    engine.start()
+    replies = [ask(engine, text_prompt(10), SamplingOptions(max_new_tokens=110)) for _ in range(3)]
+    engine.stop()
+    assert {reply.last.finish_reason for reply in replies} <= {"error", "length"}
+    assert replies[-1].last.error == "the engine was stopped"
+    with pytest.raises(RuntimeError, match="stopped"):
+        ask(engine, text_prompt(10))
