@@ -170,7 +170,7 @@ class Generator:
         """Compiles the prefill of one prompt of `length` tokens; returns the shapes of what it gives."""
         number = jax.ShapeDtypeStruct((1,), np.int32)
         ids = jax.ShapeDtypeStruct((1, length), np.int32)
-        features = jax.eval_shape(self._encode.jitted, self.leaves, self.pixels(pictures))
+        features = self.features(pictures)
         rotary = frequencies(self.config, [1])
         options = controls([SamplingOptions()], [], self.config.vocab_size)
         arguments = (ids, ids, number, features, options, rotary, number, jax.ShapeDtypeStruct((1,), bool))
@@ -180,6 +180,10 @@ class Generator:
     def compile_decode(self, past: Past, state: State, fixed: Fixed, rows: Rows, number: Any, flags: Any) -> None:
         """Compiles decode steps for a batch of these shapes; number int32 [], flags bool [B]."""
         self._decode.compile(past.shape, self.leaves, past, fixed, rows, number, number, flags, state=state)
+
+    def features(self, pictures: int) -> jax.ShapeDtypeStruct:
+        """The shape of the features of so many pictures, [I, Q, D]."""
+        return jax.eval_shape(self._encode.jitted, self.leaves, self.pixels(pictures))
 
     def pixels(self, pictures: int) -> jax.ShapeDtypeStruct:
         """The shape of so many pictures."""

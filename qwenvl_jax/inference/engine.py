@@ -14,19 +14,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import partial
 
 import jax
 import numpy as np
 
 from qwenvl_jax.config import UserError
 from qwenvl_jax.inference.decode import SHORTEST_BUCKET, Generator
-from qwenvl_jax.inference.features import AT_ONCE, PictureFeatures
+from qwenvl_jax.inference.prefixes import block_digests
+from qwenvl_jax.inference.reading import PromptReader
 from qwenvl_jax.inference.reply import Reply
 from qwenvl_jax.inference.requests import Listener, Request
 from qwenvl_jax.inference.sampling import controls
-from qwenvl_jax.inference.slots import LiveBatch, Prefilled
+from qwenvl_jax.inference.slots import LiveBatch
 from qwenvl_jax.inference.steps import Grown
+from qwenvl_jax.models.qwen_vl import frequencies
 
 STEPS_PER_TURN = 4  # decode steps between two looks at what is new
 TOKENS_PER_TURN = 512  # of prompts read in a turn while replies are waiting for their next token
@@ -36,16 +37,17 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
-    """slots: replies in progress at once. max_length: tokens of a prompt and its reply. pictures: features kept."""
+    """What an engine keeps in the memory of its device."""
 
-    slots: int = 16
-    max_length: int = 1024
-    pictures: int = 512
+    slots: int = 16  # replies in progress at once
+    max_length: int = 1024  # tokens of a prompt and its reply
+    pictures: int = 512  # whose features are kept
+    prefixes: int = 16384  # tokens of prompts whose keys and values are kept; 0 for none
 
     def __post_init__(self):
-        for name in ("slots", "max_length", "pictures"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, least in (("slots", 1), ("max_length", 2), ("pictures", 1), ("prefixes", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
 
 
 class Engine:
@@ -63,9 +65,8 @@ class Engine:
         self.max_length = options.max_length
         self.last_step = time.monotonic()  # when the loop was last seen at work
         self._generator, self._table = generator, table
-        self._queries = generator.config.visual.n_queries
-        self._prompt_sizes = _sizes(SHORTEST_BUCKET, options.max_length, between=256)
-        self._features = PictureFeatures(generator, options.pictures)
+        prompt_sizes = _sizes(SHORTEST_BUCKET, options.max_length, between=256)
+        self._reader = PromptReader(generator, prompt_sizes, options.pictures, options.prefixes)
         self._batch = LiveBatch(generator, _row_sizes(options.slots), _sizes(SMALLEST_CACHE, options.max_length))
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
@@ -78,23 +79,14 @@ class Engine:
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compiles every program there will be. progress: is told how many are done, of how many."""
-        generator = self._generator
-        shapes: dict[int, Prefilled] = {}
-
-        def prefill(length: int) -> None:
-            past, state, fixed, _ = generator.compile_prefill(length, self._pictures_in(length))
-            shapes[length] = Prefilled(past, state, fixed)
-
-        counts = sorted({self._pictures_in(length) for length in self._prompt_sizes})
-        first = [*self._features.compile(counts)]
-        first += [partial(prefill, length) for length in self._prompt_sizes]
+        first, shapes = self._reader.compile()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for done, of in _side_by_side(pool, first, lambda: self._batch.compile(dict(sorted(shapes.items())))):
                 if progress is not None:
                     progress(done, of)
         self._batch.start()
-        generator.programs.sealed = True
-        self._compiled = generator.programs.compiled
+        self._generator.programs.sealed = True
+        self._compiled = self._generator.programs.compiled
 
     def start(self) -> None:
         """Starts the thread that owns the device."""
@@ -120,7 +112,10 @@ class Engine:
         if len(request.picture_keys) != len(request.prompt.pixels):
             keys = tuple(hashlib.sha256(picture.tobytes()).digest() for picture in request.prompt.pixels)
             request = dataclasses.replace(request, picture_keys=keys)
-        reply = Reply(request, listener, chosen, self._table)
+        config = self._generator.config
+        rotary = frequencies(config, [length])
+        blocks = block_digests(request.prompt, request.picture_keys, rotary, config.visual.n_queries)
+        reply = Reply(request, listener, chosen, blocks, self._table)
         with self._wake:
             if self._stopping or (self._thread.ident is not None and not self._thread.is_alive()):
                 raise RuntimeError("the engine has stopped")
@@ -170,7 +165,12 @@ class Engine:
     @property
     def picture_hits(self) -> tuple[int, int]:
         """Pictures whose features were there, and pictures asked for."""
-        return self._features.hits, self._features.queries
+        return self._reader.features.hits, self._reader.features.queries
+
+    @property
+    def prefix_hits(self) -> tuple[int, int]:
+        """Tokens of prompts that needed no computing, and tokens of all prompts."""
+        return self._reader.prefixes.hits, self._reader.prefixes.queries
 
     # In the engine's thread.
 
@@ -217,9 +217,9 @@ class Engine:
         while self._waiting and room and (budget is None or budget > 0):
             reply = self._waiting[0]
             try:
-                if self._encode(reply) and budget is not None:
+                if self._reader.encode(reply) and budget is not None:
                     return
-                one, first, size = self._prefill(reply)
+                one, first, computed = self._reader.read(reply)
             except Exception as error:  # of this request alone
                 logger.exception("a request failed before its first token")
                 self._leave_queue(reply)
@@ -229,36 +229,11 @@ class Engine:
             self._batch.put(reply, one, len(reply.request.prompt.input_ids))
             self._unread.append(_Report.of(first, [reply]))
             room -= 1
-            budget = None if budget is None else budget - size
+            budget = None if budget is None else budget - computed
 
     def _leave_queue(self, reply: Reply) -> None:
         with self._lock:
             self._waiting.remove(reply)
-
-    def _encode(self, reply: Reply) -> bool:
-        """Encodes pictures of a request, those that may be encoded at once; whether there were any."""
-        request = reply.request
-        missing = self._features.missing(request.picture_keys)[: AT_ONCE[0]]
-        if missing:
-            self._features.encode([request.picture_keys[place] for place in missing], request.prompt.pixels[missing])
-            reply.encoded += len(missing)
-        return bool(missing)
-
-    def _prefill(self, reply: Reply) -> tuple[Prefilled, Grown, int]:
-        """Reads a prompt. Returns the reply, its first token, and the number of tokens computed."""
-        while self._encode(reply):
-            pass
-        request = reply.request
-        size = next(size for size in self._prompt_sizes if size >= len(request.prompt.input_ids))
-        features = self._features.stack(request.picture_keys, self._pictures_in(size))
-        self._features.count(len(request.picture_keys), reply.encoded)
-        batch = self._generator.batch([request.prompt], room=1, features=features, length=size)
-        past, state, fixed, first = self._generator.prefill(batch, reply.controls)
-        return Prefilled(past, state, fixed), first, size
-
-    def _pictures_in(self, length: int) -> int:
-        """How many pictures a prompt of so many tokens can have, one at least: text has one that is nowhere."""
-        return max(length // (self._queries + 2), 1)  # with the tags around it
 
     def _read(self, report: "_Report") -> None:
         """Tells the listeners what is new, and takes replies that are done out of the batch."""

@@ -12,12 +12,18 @@ from qwenvl_jax.inference.text import TextStream
 
 
 class Reply:
-    """What an engine knows of a request. controls: its options, one row. table: the bytes of each token."""
+    """What an engine knows of a request.
 
-    def __init__(self, request: Request, listener: Listener, controls: Controls, table: Mapping[int, bytes]):
-        self.request, self.controls = request, controls
+    controls: its options, one row. blocks: digests of the prompt's. table: the bytes of each token.
+    """
+
+    def __init__(
+        self, request: Request, listener: Listener, controls: Controls, blocks: list[bytes], table: Mapping[int, bytes]
+    ):
+        self.request, self.controls, self.blocks = request, controls, blocks
         self.cancelled = self.finished = False
         self.encoded = 0  # pictures encoded for it
+        self.cached = 0  # tokens of the prompt that needed no computing
         self._listener = listener
         options = request.options
         self._stream = TextStream(table, stop=options.stop, min_tokens=options.min_new_tokens, strip=request.strip)
@@ -45,7 +51,7 @@ class Reply:
         choices = self._certain(at_end=reason is not None)
         self.finished = reason is not None
         if text or choices or self.finished:
-            self._tell(Update(text, generated, choices, reason))
+            self._tell(Update(text, generated, choices, reason, cached_tokens=self.cached))
         return None
 
     def fail(self, error: str) -> None:

@@ -90,7 +90,7 @@ class LiveBatch:
             self._used = 0
         row = self.replies.index(None)
         place = self._place[*self.size, one.past.shape[1]]
-        self._past = _each(place, (self._past, one.past), np.int32(row))
+        self._past = each(place, (self._past, one.past), np.int32(row))
         ours, theirs = (_but_recent(self._state), self._fixed), (_but_recent(one.state), one.fixed)
         small, self._fixed = self._join[len(self.replies)](ours, theirs, np.int32(row))
         self._state = small._replace(recent_k=self._state.recent_k, recent_v=self._state.recent_v)
@@ -137,7 +137,7 @@ class LiveBatch:
         recent = Past(self._state.recent_k, self._state.recent_v)
         lengths, born = self._lengths.copy(), self._born.copy()
         flush = self._flush[self.size]
-        self._past = _each(flush, (self._past, recent), lengths, born)
+        self._past = each(flush, (self._past, recent), lengths, born)
         self._lengths = self._filled().astype(np.int32)
         self._born[:] = self._used = 0
 
@@ -150,8 +150,8 @@ class LiveBatch:
             recent = Past(self._state.recent_k, self._state.recent_v)
             for_past, for_recent = (self._resize[self.size[0], slots, size, slots] for slots in (self.size[1], CHUNK))
             small, self._fixed = self._take[self.size[0], size]((_but_recent(self._state), self._fixed), index)
-            recent = _each(for_recent, [recent], index)
-            self._past = _each(for_past, [self._past], index)
+            recent = each(for_recent, [recent], index)
+            self._past = each(for_past, [self._past], index)
             self._state = small._replace(recent_k=recent.k, recent_v=recent.v)
             self._lengths, self._born = self._lengths[index], self._born[index]
             self._lengths[count:] = self._born[count:] = 0
@@ -162,7 +162,7 @@ class LiveBatch:
             rows, old = self.size
             every = np.arange(rows, dtype=np.int32)
             resize = self._resize[rows, old, rows, _next(self._slot_sizes, old, slots)]
-            self._past = _each(resize, [self._past], every)
+            self._past = each(resize, [self._past], every)
 
     def _sized(self, rows: int, slots: int) -> tuple[Past, State, Fixed]:
         """The shapes of a batch of this size."""
@@ -172,7 +172,7 @@ class LiveBatch:
 
         one = self._shape
         _, heads, _, head_dim = one.past.k[0].shape
-        return _each(resized, [one.past], heads, slots, head_dim), *jax.tree.map(resized, (one.state, one.fixed))
+        return each(resized, [one.past], heads, slots, head_dim), *jax.tree.map(resized, (one.state, one.fixed))
 
     def _compile_rows(self, rows: int) -> list[Callable[[], None]]:
         """The programs for so many rows that do not touch the past."""
@@ -209,7 +209,7 @@ class LiveBatch:
         return [decode, moves]
 
 
-def _each(function: Callable[..., Any], pasts: Sequence[Past], *rest: Any) -> Past:
+def each(function: Callable[..., Any], pasts: Sequence[Past], *rest: Any) -> Past:
     """A past of what the function makes of each array, its counterparts in the other pasts, and the rest."""
     sides = zip(*pasts, strict=True)
     return Past(*([function(*arrays, *rest) for arrays in zip(*side, strict=True)] for side in sides))

@@ -102,10 +102,44 @@ def prefill(model: QwenVL, ids, slots, lengths, features, controls: Controls, ro
     hidden, kv = forward(model, ids, slots, features, mask, positions, rotary)
     logits = model.logits(hidden[jnp.arange(rows), lengths - 1])
 
-    vocabulary = logits.shape[-1]
-    real = jnp.where(jnp.arange(length) < lengths[:, None], ids, vocabulary)
+    real = jnp.where(jnp.arange(length) < lengths[:, None], ids, logits.shape[-1])
     in_prompt = jnp.zeros(logits.shape, bool).at[jnp.arange(rows)[:, None], real].set(True, mode="drop")
     caches = [kv_cache.start(k, v, CHUNK) for k, v in kv]
+    return _begun(caches, logits, Fixed(controls, in_prompt, rotary, shift), finished)
+
+
+def extend(
+    model: QwenVL, ids, slots, length, features, controls: Controls, rotary, in_prompt, start, *, past: Past
+) -> tuple[Past, State, Fixed, Grown]:
+    """Reads the tokens [1, T] of a prompt from `start` on, where those before are in the past; else like `prefill`.
+
+    length: how many of the T are tokens; start, length int32 [1]; in_prompt bool [1, V]. The past [1, N, P, H] must
+    have room for all T after `start`.
+    """
+    tokens = ids.shape[1]
+    old = jnp.broadcast_to(jnp.arange(past.shape[1]) < start, (tokens, past.shape[1]))
+    mask = jnp.concatenate([old, jnp.tril(jnp.ones((tokens, tokens), bool))], axis=1)[None]
+    context = model.context(mask, start[:, None] + jnp.arange(tokens), rotary, cache_slot=jnp.int32(0))
+    caches = [kv_cache.with_recent(k, v, tokens) for k, v in zip(*past, strict=True)]
+    hidden, caches = model(model.embed(ids, features, slots), context, caches)
+    logits = model.logits(hidden[jnp.arange(1), length - 1])
+
+    def filled(old, new):
+        return jax.lax.dynamic_update_slice_in_dim(old, new, start[0], axis=2)
+
+    caches = [
+        kv_cache.with_recent(filled(cache.past_k, cache.recent_k), filled(cache.past_v, cache.recent_v), CHUNK)
+        for cache in caches
+    ]
+    fixed = Fixed(controls, in_prompt, rotary, jnp.zeros(1, jnp.int32))
+    return _begun(caches, logits, fixed, jnp.zeros(1, bool))
+
+
+def _begun(
+    caches: list[kv_cache.LayerCache], logits: jax.Array, fixed: Fixed, finished: jax.Array
+) -> tuple[Past, State, Fixed, Grown]:
+    """Replies with their first tokens, chosen from logits float32 [B, V]."""
+    rows = len(logits)
     state = State(
         recent_k=[cache.recent_k for cache in caches],
         recent_v=[cache.recent_v for cache in caches],
@@ -116,7 +150,6 @@ def prefill(model: QwenVL, ids, slots, lengths, features, controls: Controls, ro
         done=finished,
         broken=jnp.zeros(rows, bool),
     )
-    fixed = Fixed(controls, in_prompt, rotary, shift)
     state, choice = choose(state, logits, fixed)
     first = Grown(
         state.last[:, None],

@@ -38,9 +38,14 @@ class LayerCache(NamedTuple):
 
 def start(k: jax.Array, v: jax.Array, recent: int) -> LayerCache:
     """The cache after a prompt whose keys and values are k, v [B, T, N, H], with room for `recent` tokens."""
-    batch, _, heads, head_dim = k.shape
+    return with_recent(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), recent)
+
+
+def with_recent(k: jax.Array, v: jax.Array, recent: int) -> LayerCache:
+    """A cache of past keys and values [B, N, S, H], with room for `recent` tokens."""
+    batch, heads, _, head_dim = k.shape
     empty = jnp.zeros((batch, heads, recent, head_dim), k.dtype)
-    return LayerCache(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), empty, empty)
+    return LayerCache(k, v, empty, empty)
 
 
 def cached_mask(past: jax.Array, slots: int, born: jax.Array, recent: jax.Array, recent_slots: int) -> jax.Array:

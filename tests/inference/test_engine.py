@@ -18,12 +18,15 @@ from qwenvl_jax.models.qwen_vl import frequencies
 from qwenvl_jax.processing.template import Prompt
 
 LENGTH = 250  # no power of two, so that there is a last size that is none
+PREFIXES = 1024
 TABLE = {token: bytes([token % 26 + 97]) for token in range(320)}
 
 
 @pytest.fixture(scope="module")
 def engine(small_model) -> Iterator[Engine]:
-    engine = Engine(Generator(small_model), TABLE, EngineOptions(slots=5, max_length=LENGTH, pictures=20))
+    engine = Engine(
+        Generator(small_model), TABLE, EngineOptions(slots=5, max_length=LENGTH, pictures=20, prefixes=PREFIXES)
+    )
     seen = []
     engine.warm_up(lambda done, total: seen.append((done, total)))
     assert seen[-1] == (len(seen), len(seen))
@@ -95,6 +98,43 @@ def test_everyone_gets_what_it_gets_alone(engine, generator):
         assert {reply.last.finish_reason for reply in replies} == {"length"}
     pictures = [picture.tobytes() for prompt in prompts for picture in prompt.pixels]
     assert engine.picture_hits == (2 * len(pictures) - len(set(pictures)), 2 * len(pictures))
+
+
+def longer(prompt: Prompt, by: int, seed: int = 5) -> Prompt:
+    more = text_prompt(by, seed)
+    ids = np.concatenate([prompt.input_ids, more.input_ids])
+    return Prompt(ids, np.concatenate([prompt.image_slots, more.image_slots]), prompt.pixels, [])
+
+
+@pytest.mark.parametrize("by", [4, 24, 100])
+def test_a_prompt_that_begins_like_another_is_not_read_twice(engine, generator, by):
+    """By one call for a few tokens and by one for many; the pictures are in the part that is known."""
+    start = picture_prompt(128, seed=by, pictures=2)
+    assert ask(engine, start, SamplingOptions(max_new_tokens=1)).last.cached_tokens == 0
+    prompt, option = longer(start, by), SamplingOptions(max_new_tokens=12, repetition_penalty=1.3)
+    reply = ask(engine, prompt, option)
+    assert [reply.text] == texts(run(generator, [prompt], option))
+    assert reply.last.cached_tokens == 128
+
+
+def test_another_picture_or_another_rotation_shares_nothing(engine, generator):
+    """The same ids, but for the picture; the same pictures, but in a prompt of a length that NTK scales differently."""
+    start = picture_prompt(100, seed=11)
+    assert ask(engine, start).last.finish_reason == "length"
+    other = Prompt(start.input_ids, start.image_slots, start.pixels + 1, [])
+    for prompt in (other, longer(start, 100)):
+        reply = ask(engine, prompt, SamplingOptions(max_new_tokens=12))
+        assert [reply.text] == texts(run(generator, [prompt], SamplingOptions(max_new_tokens=12)))
+        assert reply.last.cached_tokens == 0
+    assert ask(engine, start).last.cached_tokens == 64
+
+
+def test_kept_prompts_do_not_outgrow_their_room(engine):
+    for seed in range(100, 120):
+        assert ask(engine, text_prompt(120, seed)).last.cached_tokens == 0
+    assert sum(past.shape[1] for past, _ in engine._reader.prefixes._pasts.values()) <= PREFIXES
+    assert ask(engine, text_prompt(120, 119)).last.cached_tokens == 64
+    assert ask(engine, text_prompt(120, 100)).last.cached_tokens == 0
 
 
 def test_a_reply_may_fill_the_cache_to_its_end(engine, generator):
