@@ -49,13 +49,13 @@ def _base64_bytes(text: str, start: int, max_bytes: int | None) -> bytes:
             if ended and unpadded:
                 raise ValueError("text behind the padding")
             ended = ended or len(unpadded) < len(digits)
+            length += len(unpadded)
+            if max_bytes is not None and length * 3 // 4 > max_bytes:
+                raise ImageError("image_file_too_large", f"more than {max_bytes:,} bytes; send a smaller file")
             digits = rest + unpadded
             whole = len(digits) - len(digits) % 4
             pieces.append(binascii.a2b_base64(digits[:whole], strict_mode=True))
             rest = digits[whole:]
-            length += len(pieces[-1])
-            if max_bytes is not None and length > max_bytes:
-                raise ImageError("image_file_too_large", f"more than {max_bytes:,} bytes; send a smaller file")
         pieces.append(binascii.a2b_base64(rest + b"=" * (-len(rest) % 4), strict_mode=True))
     except UnicodeEncodeError:
         raise ImageError("invalid_base64_image", "the base64 is damaged (a character beyond ASCII)") from None

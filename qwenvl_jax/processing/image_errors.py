@@ -43,4 +43,4 @@ class ImageError(UserError):
 def shortened(text: str, most: int = 80) -> str:
     """A source as error messages show it: a data URI or a URL can be megabytes long, and hold what does not print."""
     short = text if len(text) <= most else text[: most - 20] + "..."
-    return short.encode("utf-8", "backslashreplace").decode()
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in short)
