@@ -4,6 +4,7 @@ No test can leave the machine: where URLs are allowed, the socket layer is repla
 """
 
 import base64
+import ctypes
 import hashlib
 import io
 import socket
@@ -65,6 +66,7 @@ def test_every_malformed_picture_gives_a_picture_or_a_refusal_within_bounds():
     loader(PICTURES[0][1])
     for name, content in PICTURES:
         if STATUS.exists():
+            ctypes.CDLL(None).malloc_trim(0)  # memory that was freed and kept would hide what is taken now
             Path("/proc/self/clear_refs").write_text("5")
             before = memory("VmRSS")
         start = time.thread_time()  # of this thread, whatever else the machine does
@@ -79,7 +81,9 @@ def test_every_malformed_picture_gives_a_picture_or_a_refusal_within_bounds():
         assert message.isprintable(), name
         assert time.thread_time() - start < 2, name
         if STATUS.exists():
-            assert memory("VmHWM") - before < 128 * 2**20 + 16 * pixels, name
+            assert memory("VmHWM") - before < 256 * 2**20 + 16 * pixels, (
+                name
+            )  # a refusal may come after 50 megapixels were made room for
 
 
 @pytest.mark.parametrize(
