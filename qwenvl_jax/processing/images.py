@@ -13,11 +13,9 @@ clipped.
 Nothing here fetches a URL unless told to (`allow_url`); see `download.py` for the guard around that.
 """
 
-import base64
-import binascii
+import hashlib
 import io
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -26,9 +24,12 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from qwenvl_jax.config import UserError
+from qwenvl_jax.processing.data_uri import data_uri_bytes, is_data_uri
 from qwenvl_jax.processing.download import download
+from qwenvl_jax.processing.image_errors import ImageError, shortened
 
 MAX_PIXELS = 89_478_485  # width x height; where Pillow, too, begins to suspect a decompression bomb (256 MiB as RGB)
+MAX_SIDE = 65_535  # JPEG's; Pillow's tables for a resize grow with the side alone, to gigabytes at a few million
 # Formats that Pillow decodes by itself. Left out on purpose: those that start other programs (EPS) or are rarities.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # of CLIP's training pictures, RGB
@@ -43,6 +44,22 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# How files begin, in lower case, that people take for pictures and that hold no pixels or none that are read here.
+_OTHER_FILES = {
+    b"<svg": "SVG",
+    b"<?xml": "SVG or other XML",
+    b"<!doctype": "HTML",
+    b"<html": "HTML",
+    b"%pdf": "PDF",
+    b"%!ps": "PostScript",
+    b"\xc5\xd0\xd3\xc6": "PostScript",
+    b"8bps": "Photoshop",
+}
+_MOST_READS = 5000  # until a file's first pixels; a large colour profile takes a few hundred
+_MOST_SCAN_PIXELS = 8 * MAX_PIXELS  # of a JPEG, scans times pixels; encoders write some ten scans
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF's tags
+_LARGE_TILE = 2**22  # pixels
+_MOST_BY_PYTHON = 2_000_000  # pixels, or bytes, for those of Pillow's decoders that are not in C
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
 Mode = Literal["default", "reference"]
@@ -54,10 +71,26 @@ def load_image(source: ImageSource, *, allow_url: bool = False, mode: Mode = "de
     `source` is a path, the bytes of a picture file, a `data:` URI, a PIL image, an array, or, with `allow_url`, an
     http(s) URL. Arrays are [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] (alpha), and uint8, uint16 (65535 is white) or
     floating point from 0 to 1. `mode` chooses the conversion, see the head of this file. Raises UserError naming the
-    source when it is missing, a folder, no picture, truncated, empty or larger than MAX_PIXELS.
+    source when it is missing, a folder or of no such type, and as ImageError when it is no picture, truncated, empty
+    or larger than MAX_PIXELS.
     """
-    image, name = _opened(source, allow_url)
-    return _convert(image, mode, name)
+    if mode not in ("default", "reference"):
+        raise UserError(f"mode {mode!r} does not exist; use 'default' or 'reference'")
+    content, name = _content(source, allow_url)
+    try:
+        return _converted(_opened(content, FORMATS, MAX_PIXELS), mode)
+    except ImageError as error:
+        raise error.at(name) from None
+
+
+def decode_image(
+    content: bytes, *, formats: Sequence[str] = FORMATS, max_pixels: int = MAX_PIXELS, mode: Mode = "default"
+) -> Image.Image:
+    """The picture in the bytes of a file, as `load_image` gives it, if it is of `formats` and within `max_pixels`.
+
+    `max_pixels` is at most MAX_PIXELS. Raises ImageError alone.
+    """
+    return _converted(_opened(content, formats, max_pixels), mode)
 
 
 def image_size(source: ImageSource) -> tuple[int, int]:
@@ -65,31 +98,42 @@ def image_size(source: ImageSource) -> tuple[int, int]:
 
     Raises UserError as `load_image` does, though damage behind the head may go unseen.
     """
-    image, name = _opened(source, allow_url=False)
-    size = _checked_size(image, name)
-    # Formats differ in whether Pillow turns such a picture by itself, so only its pixels tell.
-    return _convert(image, "default", name).size if _orientation(image) in (5, 6, 7, 8) else size
+    content, name = _content(source, allow_url=False)
+    try:
+        image = _opened(content, FORMATS, MAX_PIXELS)
+        # Formats differ in whether Pillow turns such a picture by itself, so only its pixels tell.
+        return _converted(image, "default").size if _orientation(image) in (5, 6, 7, 8) else image.size
+    except ImageError as error:
+        raise error.at(name) from None
 
 
-def _opened(source: ImageSource, allow_url: bool) -> tuple[Image.Image, str]:
-    """The picture with nothing but its head read, where it comes from a file, and its name in error messages."""
-    if isinstance(source, str) and source.startswith("data:"):
-        name, content = _short(source), _data_uri_bytes(source)
-    elif isinstance(source, str) and "://" in source:
-        name, content = _short(source), _fetch(source, allow_url)
-    elif isinstance(source, str | os.PathLike):
-        name, content = os.fspath(source), _read(source)
-    elif isinstance(source, bytes | bytearray | memoryview):
-        name, content = f"the picture of {len(source)} bytes", bytes(source)
-    elif isinstance(source, Image.Image):
+def picture_key(pixels: np.ndarray) -> bytes:
+    """A digest of one picture of `preprocess`: what is kept under it holds for no other input of the network."""
+    digest = hashlib.sha256(f"{pixels.dtype.str} {pixels.dtype.name} {pixels.shape}".encode())
+    digest.update(np.ascontiguousarray(pixels).view(np.uint8).data)
+    return digest.digest()
+
+
+def _content(source: ImageSource, allow_url: bool) -> tuple[bytes | Image.Image, str]:
+    """The bytes of the picture's file, or the picture where it is in memory, and its name in error messages."""
+    if isinstance(source, str) and is_data_uri(source):
+        try:
+            return data_uri_bytes(source), shortened(source)
+        except ImageError as error:
+            raise error.at(shortened(source)) from None
+    if isinstance(source, str) and "://" in source:
+        return _fetch(source, allow_url), shortened(source)
+    if isinstance(source, str | os.PathLike):
+        return _read(source), os.fspath(source)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return bytes(source), f"the picture of {len(source)} bytes"
+    if isinstance(source, Image.Image):
         return source, "the PIL image"
-    elif hasattr(source, "__array__"):
+    if hasattr(source, "__array__"):
         return _from_array(np.asarray(source)), "the array"
-    else:
-        raise UserError(
-            f"no picture: {type(source).__name__}; use a path, bytes, a data URI, a URL, a PIL image or an array"
-        )
-    return _decode(content, name), name
+    raise UserError(
+        f"no picture: {type(source).__name__}; use a path, bytes, a data URI, a URL, a PIL image or an array"
+    )
 
 
 def preprocess(images: Sequence[Image.Image], image_size: int) -> np.ndarray:
@@ -117,41 +161,89 @@ def _square(image: Image.Image, side: int) -> Image.Image:
     return image.resize(between, Image.Resampling.BICUBIC).resize((side, side), Image.Resampling.BICUBIC)
 
 
-def _decode(content: bytes, name: str) -> Image.Image:
+def _opened(content: bytes | Image.Image, formats: Sequence[str], max_pixels: int) -> Image.Image:
+    """The picture with nothing but its head read, and found to be of a size that is worth decoding."""
+    image = content if isinstance(content, Image.Image) else _identified(content, formats, max_pixels)
+    width, height = image.size
+    if not width or not height:
+        raise ImageError("image_too_small", f"a picture of {width} x {height} pixels has nothing to see")
+    if width * height > max_pixels:
+        raise ImageError("image_too_large", f"{width} x {height} is more than {max_pixels:,} pixels; make it smaller")
+    if max(width, height) > MAX_SIDE:
+        raise ImageError("image_too_large", f"{width} x {height} has a side above {MAX_SIDE:,} pixels; make it smaller")
+    return image
+
+
+def _identified(content: bytes, formats: Sequence[str], max_pixels: int) -> Image.Image:
     """Bytes of a file to a picture, not yet loaded. Pillow raises nearly anything on hostile bytes: a broad except."""
     if not content:
-        raise UserError(f"{name}: empty, not a picture")
+        raise ImageError("empty_image_file", "empty, not a picture")
+    start = content[:256].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    for magic, kind in _OTHER_FILES.items():
+        if start.startswith(magic):
+            raise ImageError(
+                "unsupported_image_media_type",
+                f"{kind}, not a picture in a format that is read here; use one of {', '.join(formats)}",
+            )
     try:
         Image.init()  # with `formats`, Pillow looks only among the formats registered so far
-        return Image.open(io.BytesIO(content), formats=FORMATS)
+        file = _File(content)
+        image = Image.open(file, formats=tuple(formats))
+        file.reads_left = None
+        _check_work(image, content)
+        return image
+    except ImageError:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(f"{name}: more than {MAX_PIXELS:,} pixels; make it smaller") from None
+        raise ImageError("image_too_large", f"more than {max_pixels:,} pixels; make it smaller") from None
     except Exception:
-        raise UserError(f"{name}: not a picture in a format that is read here ({', '.join(FORMATS)})") from None
+        # What begins as a format of ours and is none has been damaged.
+        if any(accept and accept(content[:16]) is True for _, accept in (Image.OPEN[name] for name in formats)):
+            raise ImageError("image_parse_error", "the picture's head is damaged or cut off") from None
+        raise ImageError(
+            "invalid_image_format", f"not a picture in a format that is read here ({', '.join(formats)})"
+        ) from None
 
 
-def _convert(image: Image.Image, mode: Mode, name: str) -> Image.Image:
-    if mode not in ("default", "reference"):
-        raise UserError(f"mode {mode!r} does not exist; use 'default' or 'reference'")
-    _checked_size(image, name)
+class _File(io.BytesIO):
+    """A picture's file for Pillow, which joins comments and EXIF blocks in a time that grows with their square."""
+
+    reads_left: int | None = _MOST_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.reads_left is not None:
+            self.reads_left -= 1
+            if self.reads_left < 0:
+                raise ImageError("image_parse_error", "too many comments or other parts before the picture")
+        return super().read(size)
+
+
+def _check_work(image: Image.Image, content: bytes) -> None:
+    """Refuses small files that would take minutes to decode."""
+    pixels = image.size[0] * image.size[1]
+    # Every scan of a progressive JPEG goes over the whole picture, even one of a few bytes.
+    if image.format in ("JPEG", "MPO") and content.count(b"\xff\xda") * pixels > _MOST_SCAN_PIXELS:
+        raise ImageError("image_parse_error", "a JPEG of too many scans for its size; save it anew")
+    # The decoder makes room for whole tiles, and a tile may be larger than the picture.
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        if tags.get(_TILE_WIDTH, 1) * tags.get(_TILE_LENGTH, 1) > max(4 * pixels, _LARGE_TILE):
+            raise ImageError("image_too_large", "a TIFF with tiles much larger than itself; save it anew")
+    tiles = getattr(image, "tile", [])
+    if max(pixels, len(content)) > _MOST_BY_PYTHON and any(tile.codec_name in Image.DECODERS for tile in tiles):
+        raise ImageError("image_too_large", "too large for its rare compression; save it as PNG or JPEG")
+
+
+def _converted(image: Image.Image, mode: Mode) -> Image.Image:
     try:
         image.load()
         converted = image.convert("RGB") if mode == "reference" else _to_rgb(image)
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None
+    except UserError as error:  # floating-point values out of their range
+        raise ImageError("invalid_image", str(error)) from None
     except Exception as error:
-        raise UserError(f"{name}: the picture is damaged or cut off ({error})") from None
+        raise ImageError("image_parse_error", f"the picture is damaged or cut off ({shortened(str(error))})") from None
     converted.info = {}  # an orientation that was applied must not be found and applied again
     return converted
-
-
-def _checked_size(image: Image.Image, name: str) -> tuple[int, int]:
-    width, height = image.size
-    if not width or not height:
-        raise UserError(f"{name}: a picture of {width} x {height} pixels has nothing to see")
-    if width * height > MAX_PIXELS:
-        raise UserError(f"{name}: {width} x {height} is more than {MAX_PIXELS:,} pixels; make it smaller")
-    return width, height
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -160,11 +252,19 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = _from_array(np.asarray(image))
     elif image.mode.startswith("I"):  # 16-bit samples, in some modes held by 32-bit integers
         image = _from_array(np.clip(np.asarray(image), 0, 65535).astype(np.uint16))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    rgb = image.convert("RGB")
+    rgb = _on_white(image) if image.has_transparency_data else image.convert("RGB")
     return rgb if transpose is None else rgb.transpose(transpose)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """The picture over white, in bands of rows: Pillow lets no other thread run while it composites."""
+    width, height = image.size
+    rgb = Image.new("RGB", image.size)
+    rows = max(1, 2**20 // width)
+    for top in range(0, height, rows):
+        band = image.crop((0, top, width, min(top + rows, height))).convert("RGBA")
+        rgb.paste(Image.alpha_composite(Image.new("RGBA", band.size, "white"), band).convert("RGB"), (0, top))
+    return rgb
 
 
 def _orientation(image: Image.Image) -> int:
@@ -183,7 +283,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
     if 0 in array.shape:
         raise UserError(f"an array of shape {list(array.shape)} has no pixels")
     if array.dtype == np.uint16:
-        array = ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+        # x / 257 to the nearest, since 65535 = 255 * 257, without wider numbers: such pictures are large as they are
+        array = (array // 257 + (array % 257 > 128)).astype(np.uint8)
     elif np.issubdtype(array.dtype, np.floating):
         if not (array.min() >= 0 and array.max() <= 1):  # also false for NaN
             raise UserError(f"floating-point pixels must lie in 0..1; these lie in {array.min():g}..{array.max():g}")
@@ -204,28 +305,16 @@ def _read(path: str | os.PathLike) -> bytes:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise UserError(f"{_short(str(path))}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{shortened(str(path))}: cannot be read ({reason})") from None
 
 
 def _fetch(url: str, allow_url: bool) -> bytes:
     scheme = url.split("://", 1)[0].lower()
     if scheme not in ("http", "https"):
-        raise UserError(f"{_short(url)}: the scheme {scheme!r} is not supported; use a path, a data URI or http(s)")
+        raise UserError(
+            f"{shortened(url)}: the scheme {shortened(scheme)!r} is not supported; use a path, a data URI or http(s)"
+        )
     if not allow_url:
-        raise UserError(f"{_short(url)}: URLs are not fetched here; allow them (allow_url=True) or give the file")
+        raise UserError(f"{shortened(url)}: URLs are not fetched here; allow them (allow_url=True) or give the file")
     return download(url)
-
-
-def _data_uri_bytes(uri: str) -> bytes:
-    header, comma, body = uri.partition(",")
-    if not comma or not header.lower().endswith(";base64"):
-        raise UserError(f"{_short(uri)}: only data URIs of the form data:image/png;base64,... are read")
-    try:
-        return base64.b64decode(re.sub(r"\s", "", body), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise UserError(f"{_short(uri)}: the base64 is damaged ({error})") from None
-
-
-def _short(text: str) -> str:
-    """For error messages: a data URI or a URL can be megabytes long."""
-    return text if len(text) <= 80 else text[:60] + "..."

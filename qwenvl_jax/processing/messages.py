@@ -22,6 +22,7 @@ from typing import Any
 from PIL import Image
 
 from qwenvl_jax.config import UserError
+from qwenvl_jax.processing.image_errors import ImageError
 
 ROLES = ("system", "user", "assistant")
 _PART_KEYS = {
@@ -182,6 +183,8 @@ def _load(part: RawPart, where: str, load: Callable[[Any], Image.Image]) -> Imag
     field, source = ("image", part["image"]) if part["type"] == "image" else ("image_url.url", part["image_url"]["url"])
     try:
         return load(source)
+    except ImageError as error:
+        raise error.at(f"{where}.{field}") from None
     except UserError as error:
         raise UserError(f"{where}.{field}: {error}") from None
 

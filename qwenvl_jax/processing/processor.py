@@ -17,6 +17,7 @@ from PIL import Image
 from qwenvl_jax.config import QwenVLConfig, UserError
 from qwenvl_jax.processing import boxes, template
 from qwenvl_jax.processing.boxes import Box
+from qwenvl_jax.processing.image_errors import ImageError
 from qwenvl_jax.processing.images import load_image, preprocess
 from qwenvl_jax.processing.messages import BoxPart, Message, Picture, Ref, Text, read_messages
 from qwenvl_jax.processing.template import Piece, Prompt, Segment
@@ -218,6 +219,8 @@ class Processor:
     def _load_raw(self, source: Any, number: int) -> Image.Image:
         try:
             return self.load(source)
+        except ImageError as error:
+            raise error.at(f"images[{number}]") from None
         except UserError as error:
             raise UserError(f"images[{number}]: {error}") from None
 

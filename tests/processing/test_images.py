@@ -2,8 +2,10 @@
 
 import base64
 import io
+import pickle
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from conftest import golden_folder
@@ -11,7 +13,8 @@ from PIL import Image
 
 from qwenvl_jax.config import UserError
 from qwenvl_jax.processing import images
-from qwenvl_jax.processing.images import image_size, load_image, preprocess
+from qwenvl_jax.processing.image_errors import ImageError
+from qwenvl_jax.processing.images import image_size, load_image, picture_key, preprocess
 
 TESTS = Path(__file__).parents[1]
 PICTURES = sorted((TESTS / "fixtures" / "images").iterdir())
@@ -272,3 +275,51 @@ def test_sources_that_are_refused(source, message):
 def test_an_unknown_mode_is_refused():
     with pytest.raises(UserError, match="mode 'fast' does not exist"):
         load_image(Image.new("RGB", (2, 2)), mode="fast")
+
+
+def test_errors_of_pictures_have_a_code_and_survive_a_process_border(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(ImageError) as caught:
+        load_image(tmp_path / "a.png")
+    error = pickle.loads(pickle.dumps(caught.value.at("record 3")))
+    assert (error.code, error.where) == ("invalid_image_format", f"record 3: {tmp_path / 'a.png'}")
+    assert str(error) == f"record 3: {tmp_path / 'a.png'}: {caught.value.reason}"
+
+
+def test_sides_of_millions_are_refused_though_the_pixels_are_few():
+    with pytest.raises(ImageError, match="a side above 65,535 pixels"):
+        load_image(png_header(1, 10_000_000))
+
+
+def test_every_sixteen_bit_value_is_rounded_to_the_nearest():
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    expected = (values.astype(np.uint32) * 255 + 32767) // 65535
+    np.testing.assert_array_equal(pixels_of(values)[..., 0], expected)
+
+
+def test_transparency_in_a_picture_of_several_bands():
+    dice = np.random.default_rng(0)
+    image = Image.fromarray(dice.integers(0, 256, (1100, 2000, 4), dtype=np.uint8))
+    white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    np.testing.assert_array_equal(pixels_of(image), np.asarray(white))
+    palette = image.convert("RGB").quantize(16)
+    palette.info["transparency"] = 3
+    white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), palette.convert("RGBA")).convert("RGB")
+    np.testing.assert_array_equal(pixels_of(palette), np.asarray(white))
+
+
+def test_picture_keys_differ_where_anything_the_network_sees_does():
+    pixels = np.random.default_rng(0).normal(size=(3, 14, 14)).astype(np.float32)
+    same = [pixels, pixels.copy(), np.asfortranarray(pixels), np.stack([pixels, pixels], -1)[..., 0]]
+    assert {picture_key(array) for array in same} == {picture_key(pixels)}
+    assert len(picture_key(pixels)) == 32
+    nearly = pixels.copy()
+    nearly[-1, -1, -1] = np.nextafter(nearly[-1, -1, -1], np.float32(9))
+    others = [
+        nearly,
+        pixels.reshape(3, 7, 28),
+        pixels.view(np.int32),
+        pixels.view(">f4"),
+        pixels.view(ml_dtypes.bfloat16),
+    ]
+    assert len({picture_key(array) for array in [pixels, *others]}) == 6
