@@ -108,7 +108,9 @@ class Engine:
         )
         request = dataclasses.replace(request, options=option)
         vocabulary = self._generator.config.vocab_size
-        chosen = controls([option], request.stop_ids, vocabulary, logprobs=request.alternatives is not None)
+        allowed = None if request.constraint is None else request.constraint.allowed()
+        logprobs = request.alternatives is not None
+        chosen = controls([option], request.stop_ids, vocabulary, logprobs=logprobs, allowed=allowed)
         if len(request.picture_keys) != len(request.prompt.pixels):
             keys = tuple(hashlib.sha256(picture.tobytes()).digest() for picture in request.prompt.pixels)
             request = dataclasses.replace(request, picture_keys=keys)
@@ -195,13 +197,34 @@ class Engine:
         self._forget_cancelled()
         before = len(self._unread)
         self._admit()
+        steps = STEPS_PER_TURN
+        if any(reply is not None and reply.request.constraint is not None for reply in self._batch.replies):
+            steps = self._constrain()
+            before = 0
         if self._batch.live.any():
-            self._unread.append(_Report.of(*self._batch.decode(STEPS_PER_TURN)))
+            self._unread.append(_Report.of(*self._batch.decode(steps)))
         else:
             before = len(self._unread)
         # What this turn has asked for is read in the next one: the device always has something to do.
         for _ in range(before):
             self._read(self._unread.popleft())
+
+    def _constrain(self) -> int:
+        """Tells the batch what may come next where that depends on what has come. Returns for how many steps it holds.
+
+        All that was asked for must be read first, so constrained replies make every step wait for the host.
+        """
+        while self._unread:
+            self._read(self._unread.popleft())
+        for reply in self._batch.replies:
+            if reply is not None and reply.request.constraint is not None:
+                try:
+                    self._batch.allow(reply, reply.request.constraint.allowed())
+                except Exception as error:  # of this reply alone
+                    logger.exception("a constraint failed")
+                    self._fail([reply], repr(error))
+                    self._batch.drop(reply)
+        return 1
 
     def _forget_cancelled(self) -> None:
         with self._lock:
@@ -241,14 +264,21 @@ class Engine:
         for row, reply in enumerate(report.replies):
             if reply is None or reply.finished or reply.cancelled:
                 continue
-            reply.grow(grown, row, report.start)
+            try:
+                reply.grow(grown, row, report.start)
+            except Exception as error:  # of this reply alone: its constraint's, or its listener's
+                logger.exception("a reply failed")
+                self._fail([reply], repr(error))
             if reply.finished:
                 self._batch.drop(reply)
 
     def _fail(self, replies: Sequence[Reply | None], error: str) -> None:
         for reply in replies:
             if reply is not None and not reply.finished:
-                reply.fail(error)
+                try:
+                    reply.fail(error)
+                except Exception:
+                    logger.exception("a listener failed")
 
 
 @dataclasses.dataclass(frozen=True)

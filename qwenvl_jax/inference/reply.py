@@ -43,6 +43,9 @@ class Reply:
             if tokens and self.controls.stops[0, tokens[-1]]:
                 tokens.pop()
                 reason = "stop"
+        if self.request.constraint is not None:
+            for token in tokens:
+                self.request.constraint.accept(token)
         text = self._feed(tokens, start, None if grown.choices is None else _row(grown.choices, row))
         if self._stream.stopped:
             reason, generated = "stop", self._stream.tokens

@@ -5,12 +5,24 @@ No part of this knows HTTP, messages or a model; `engine.py` runs requests, `ser
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Protocol
+
+import numpy as np
 
 from qwenvl_jax.inference.sampling import SamplingOptions
 from qwenvl_jax.processing.template import Prompt
 
 FinishReason = Literal["stop", "length", "error"]
+
+
+class Constraint(Protocol):
+    """What a reply must look like, token by token: a grammar, a schema. Used by one thread at a time."""
+
+    def allowed(self) -> np.ndarray:
+        """bool [V]: the tokens that may come next, those that end the reply included."""
+
+    def accept(self, token: int) -> None:
+        """The reply goes on with this token, one of the allowed ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +41,7 @@ class Request:
     strip: bool = False
     alternatives: int | None = None
     picture_keys: tuple[bytes, ...] = ()
+    constraint: Constraint | None = None
 
 
 @dataclasses.dataclass(frozen=True)

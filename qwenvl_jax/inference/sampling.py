@@ -147,12 +147,22 @@ class Controls(NamedTuple):
     biased: Array  # int32 [B, MOST_BIASED], tokens with a bias; V stands for none
     bias: Array  # float32 [B, MOST_BIASED]
     logprobs: Array  # bool [B], whether log-probabilities are asked for
+    constrained: Array  # bool [B], whether only some tokens may come next
+    allowed: Array  # bool [B, V], which those are
 
 
 def controls(
-    options: Sequence[SamplingOptions], stop_ids: Sequence[int], vocab_size: int, *, logprobs: bool = False
+    options: Sequence[SamplingOptions],
+    stop_ids: Sequence[int],
+    vocab_size: int,
+    *,
+    logprobs: bool = False,
+    allowed: np.ndarray | None = None,
 ) -> Controls:
-    """numpy arrays of a batch's options; `stop_ids` end every row's reply besides its own. Raises UserError."""
+    """numpy arrays of a batch's options. Raises UserError.
+
+    stop_ids end every row's reply besides its own. allowed: bool [V], tokens that may come first, where not all may.
+    """
 
     def column(name, dtype):
         return np.array([getattr(option, name) for option in options], dtype)
@@ -181,6 +191,8 @@ def controls(
         biased=biased,
         bias=bias.astype(np.float32),
         logprobs=np.full(len(options), logprobs),
+        constrained=np.full(len(options), allowed is not None),
+        allowed=np.broadcast_to(True if allowed is None else allowed, stops.shape),
     )
 
 
@@ -197,8 +209,10 @@ def sample(
         (options.repetition_penalty != 1) | (options.presence_penalty != 0) | (options.frequency_penalty != 0)
     )
     logits = jax.lax.cond(has_penalty, penalised, lambda logits, *_: logits, logits, options, in_prompt, counts)
-    too_short = (generated < options.min_new_tokens)[:, None]
+    # What is constrained ends when it is whole, however short.
+    too_short = ((generated < options.min_new_tokens) & ~options.constrained)[:, None]
     logits = jnp.where(options.stops & too_short, -jnp.inf, logits)
+    logits = jax.lax.cond(jnp.any(options.constrained), only_allowed, lambda logits, _: logits, logits, options)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def drawn(logits):
@@ -215,6 +229,11 @@ def with_bias(logits: jax.Array, options: Controls) -> jax.Array:
     """Logits [B, V] with the biases of their rows."""
     rows = jnp.arange(logits.shape[0])[:, None]
     return logits.at[rows, options.biased].add(options.bias, mode="drop")
+
+
+def only_allowed(logits: jax.Array, options: Controls) -> jax.Array:
+    """Logits [B, V], -inf for tokens that may not come next."""
+    return jnp.where(options.allowed, logits, -jnp.inf)
 
 
 def penalised(logits: jax.Array, options: Controls, in_prompt: jax.Array, counts: jax.Array) -> jax.Array:

@@ -39,6 +39,7 @@ class LiveBatch:
         self._resize = Program(_resize, counter, static_argnames="slots")
         self._join = Program(_join, counter, donate_argnums=0)
         self._take = Program(_take, counter)
+        self._allow = Program(_join, counter, donate_argnums=0)
 
     def compile(self, replies: dict[int, Prefilled]) -> list[Callable[[], None]]:
         """What compiles all programs. replies: the shapes of a prefilled reply, by its number of slots T."""
@@ -95,6 +96,13 @@ class LiveBatch:
         small, self._fixed = self._join[len(self.replies)](ours, theirs, np.int32(row))
         self._state = small._replace(recent_k=self._state.recent_k, recent_v=self._state.recent_v)
         self.replies[row], self._lengths[row], self._born[row] = reply, length, self._used
+
+    def allow(self, reply: Any, tokens: np.ndarray) -> None:
+        """What may come next in a reply that is constrained: bool [V]."""
+        controls = self._fixed.controls
+        row = np.int32(self.replies.index(reply))
+        allowed = self._allow[len(self.replies)](controls.allowed, tokens[None], row)
+        self._fixed = self._fixed._replace(controls=controls._replace(allowed=allowed))
 
     def drop(self, reply: Any) -> None:
         """Gives up the row of a reply."""
@@ -180,6 +188,8 @@ class LiveBatch:
         ours, theirs = (_but_recent(state), fixed), (_but_recent(self._shape.state), self._shape.fixed)
         row = jax.ShapeDtypeStruct((), np.int32)
         tasks: list[Callable[[], None]] = [partial(self._join.compile, rows, ours, theirs, row)]
+        allowed = (each_row.controls.allowed for each_row in (fixed, self._shape.fixed))
+        tasks.append(partial(self._allow.compile, rows, *allowed, row))
         for other in _neighbours(self._row_sizes, rows):
             index = jax.ShapeDtypeStruct((other,), np.int32)
             tasks.append(partial(self._take.compile, (rows, other), ours, index))

@@ -188,6 +188,36 @@ def test_a_bias_forces_and_bans(engine):
     assert first not in [choice.token for choice in banned.tokens]
 
 
+class Counting:
+    """Allows 5, 6, 7, ... and after `most` of them the end, 300; fails at the token that is told."""
+
+    def __init__(self, most: int, fails_at: int = 0):
+        self.next, self.end, self.fails_at = 5, 5 + most, fails_at
+
+    def allowed(self) -> np.ndarray:
+        if self.next == self.fails_at:
+            raise RuntimeError("too hard a grammar")
+        return np.arange(320) == (300 if self.next == self.end else self.next)
+
+    def accept(self, token: int) -> None:
+        assert token == self.next
+        self.next += 1
+
+
+def test_a_constrained_reply_has_its_form_and_the_others_do_not_notice(engine, generator):
+    prompt = text_prompt(30)
+    option = SamplingOptions(max_new_tokens=40, temperature=0.9, seed=4)
+    plain = [ask(engine, prompt, option) for _ in range(2)]
+    # The least number of tokens does not keep it from its end.
+    forced = SamplingOptions(max_new_tokens=40, min_new_tokens=40, temperature=0.9)
+    bound = [ask(engine, prompt, forced, constraint=Counting(most), stop_ids=(300,)) for most in (3, 20)]
+    failing = ask(engine, prompt, forced, constraint=Counting(20, fails_at=9), stop_ids=(300,))
+    assert [reply.text for reply in bound] == texts([list(range(5, 8)), list(range(5, 25))])
+    assert {reply.last.finish_reason for reply in bound} == {"stop"}
+    assert [reply.text for reply in plain] == texts(run(generator, [prompt], option)) * 2
+    assert "too hard a grammar" in failing.last.error
+
+
 def test_who_is_cancelled_hears_nothing_and_the_others_do_not_notice(engine, generator):
     prompt = text_prompt(30)
     expected = texts(run(generator, [prompt], SamplingOptions(max_new_tokens=60)))[0]

@@ -1,0 +1,96 @@
+"""Replies that must be JSON, follow a JSON schema or match a regular expression, through llguidance.
+
+A reply is constrained token by token: after each one the grammar says which may follow. Only the form is assured; a
+reply that is cut off by its length is not whole.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from qwenvl_jax.config import UserError
+from qwenvl_jax.processing.tokenizer import SPLIT_PATTERN, Tokenizer
+
+LONGEST_GRAMMAR = 65536  # bytes
+# No blanks where JSON leaves them free: a model that may write blanks can write them until its length is used up.
+_COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# Bounds on what a hostile grammar may cost, per token and in all.
+_LIMITS = LLParserLimits(initial_lexer_fuel=1_000_000, step_lexer_fuel=200_000, max_grammar_size=500_000)
+
+
+class Grammars:
+    """Makes constraints for the tokens of one tokenizer. Threads may share it.
+
+    vocab_size: the model's, which may be more. end: the token that ends a reply.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end: int):
+        self._vocab_size = vocab_size
+        self._tokenizer = LLTokenizer.from_tiktoken(  # type: ignore[attr-defined]
+            encoder=tokenizer.ranks,
+            special_tokens=tokenizer.special_tokens,
+            pattern=SPLIT_PATTERN,
+            eos_token=end,
+            n_vocab=vocab_size,
+        )
+
+    def json_object(self) -> "GrammarConstraint":
+        """Any JSON object."""
+        return self.json_schema({"type": "object"})
+
+    def json_schema(self, schema: dict[str, Any]) -> "GrammarConstraint":
+        """JSON that the schema describes. Raises UserError for a keyword that is not known, and a schema too long."""
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(_bounded(json.dumps(schema)), overrides=_COMPACT)  # type: ignore[arg-type]
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"the schema cannot be followed: {_reason(error)}") from None
+        return self._constraint(grammar, "the schema cannot be followed")
+
+    def regex(self, pattern: str) -> "GrammarConstraint":
+        """Text that the whole of the pattern matches. Raises UserError for one with look-around, say, or too long."""
+        return self._constraint(LLMatcher.grammar_from_regex(_bounded(pattern)), "the pattern cannot be followed")
+
+    def _constraint(self, grammar: str, problem: str) -> "GrammarConstraint":
+        error = LLMatcher.validate_grammar(grammar, self._tokenizer, limits=_LIMITS)
+        if error:
+            raise UserError(f"{problem}: {_reason(error)}")
+        return GrammarConstraint(LLMatcher(self._tokenizer, grammar, limits=_LIMITS), self._vocab_size)
+
+
+class GrammarConstraint:
+    """What may come next in one reply; a `Constraint` of inference/requests.py."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int):
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+
+    def copy(self) -> "GrammarConstraint":
+        """The same for another reply."""
+        return GrammarConstraint(self._matcher.deep_copy(), self._vocab_size)
+
+    def allowed(self) -> np.ndarray:
+        """bool [V]. Raises RuntimeError when the grammar has cost more than it may."""
+        bits = np.zeros(-(-self._vocab_size // 32), np.uint32)
+        self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        if self._matcher.is_error():
+            raise RuntimeError(self._matcher.get_error())
+        return np.unpackbits(bits.view(np.uint8), bitorder="little")[: self._vocab_size].astype(bool)
+
+    def accept(self, token: int) -> None:
+        """Goes on with a token. Raises RuntimeError for one that was not allowed."""
+        if not self._matcher.consume_token(token):
+            raise RuntimeError(self._matcher.get_error())
+
+
+def _bounded(text: str) -> str:
+    if len(text.encode(errors="surrogatepass")) > LONGEST_GRAMMAR:
+        raise UserError(f"longer than {LONGEST_GRAMMAR} bytes")
+    return text
+
+
+def _reason(error: Any) -> str:
+    """What is wrong, without the drawing of where: the line that begins with "error:", or the first."""
+    lines = str(error).strip().splitlines()
+    return next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])[:200]
