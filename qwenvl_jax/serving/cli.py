@@ -28,7 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Serve with the given arguments (default: the command line's). Returns the exit status."""
     options = parser().parse_args(arguments)
     try:
-        return run(options, lambda say: build(options, say))
+        with listen(options.host, options.port) as listening:
+            from qwenvl_jax.serving import run  # here, so that `--help` and a wrong option do not wait for JAX
+
+            return run.serve(settings(options), listening, lambda say: build(options, say), options.log_level)
     except UserError as error:
         print(f"serve: {error}", file=sys.stderr)
         return 2
@@ -72,13 +75,14 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def run(options: argparse.Namespace, build: "Callable[[Callable[[str], None]], tuple[VLM, Engine]]") -> int:
-    """Serves what `build` loads, as the options say. Raises UserError."""
-    with _listen(options.host, options.port) as listening:
-        from qwenvl_jax.serving import logs, run  # here, so that `--help` and a wrong option do not wait for JAX
-
-        logs.configure(options.log_level)
-        return run.serve(settings(options), listening, build, options.log_level)
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections from now on. Raises UserError."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"cannot listen on {host}:{port} ({reason}); choose another --port or --host") from None
 
 
 def settings(options: argparse.Namespace) -> "Settings":
@@ -106,12 +110,14 @@ def settings(options: argparse.Namespace) -> "Settings":
 def build(options: argparse.Namespace, say: Callable[[str], None]) -> "tuple[VLM, Engine]":
     """The model and a running engine. Raises UserError."""
     import qwenvl_jax
-    from qwenvl_jax.inference.engine import Engine
-    from qwenvl_jax.inference.text import token_bytes
 
     say(f"loading {options.checkpoint}")
     vlm = qwenvl_jax.load(options.checkpoint, dtype=options.dtype, quantize=options.quantize)
     length = max_length(options, vlm)
+
+    from qwenvl_jax.inference.engine import Engine
+    from qwenvl_jax.inference.text import token_bytes
+
     engine = Engine(vlm.generator, token_bytes(vlm.processor.tokenizer), slots=options.slots, max_length=length)
     engine.warm_up(lambda done, total: say(f"compiling: {done} of {total} programs"))
     engine.start()
@@ -126,15 +132,6 @@ def max_length(options: argparse.Namespace, vlm: "VLM") -> int:
     if options.max_model_len > most:
         raise UserError(f"--max-model-len {options.max_model_len}: this model has {most} positions")
     return options.max_model_len
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"cannot listen on {host}:{port} ({reason}); choose another --port or --host") from None
 
 
 def _keys(options: argparse.Namespace) -> list[str]:

@@ -96,8 +96,9 @@ def _by_text(texts: TokenTexts, choice: TokenChoice) -> dict[str, float]:
 
 
 def _entry(texts: TokenTexts, token: int, logprob: float, piece: str | None = None) -> dict[str, Any]:
-    text = texts.text(token) if piece is None else piece
-    return {"token": text, "logprob": _finite(logprob), "bytes": list(texts.whole(token))}
+    """piece: the text of a token of the reply; special tokens that were not chosen go by their names."""
+    text, content = (texts.text(token), texts.whole(token)) if piece is None else (piece, texts.shown(token))
+    return {"token": text, "logprob": _finite(logprob), "bytes": list(content)}
 
 
 def _finite(logprob: float) -> float:

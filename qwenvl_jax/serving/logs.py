@@ -24,11 +24,12 @@ class JSONLines(logging.Formatter):
 
 
 def configure(level: str) -> None:
-    """Lines of this package and of uvicorn go to standard error."""
+    """Lines of this package, and uvicorn's warnings, go to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JSONLines())
-    for name in ("qwenvl", "uvicorn"):
+    levels = {"qwenvl": level, "qwenvl_jax": level, "uvicorn": "debug" if level == "debug" else "warning"}
+    for name, least in levels.items():
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.propagate = False
-        logger.setLevel(level.upper())
+        logger.setLevel(least.upper())

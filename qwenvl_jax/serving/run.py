@@ -15,6 +15,7 @@ import uvloop
 from rich.console import Console
 
 from qwenvl_jax.config import UserError
+from qwenvl_jax.serving import logs
 from qwenvl_jax.serving.app import create_app
 from qwenvl_jax.serving.replies import Engine
 from qwenvl_jax.serving.settings import Settings
@@ -32,6 +33,7 @@ def serve(settings: Settings, listening: socket.socket, build: Build, log_level:
 
     0 after a signal, 2 where `build` raises UserError (in one line), 1 where it raises anything else.
     """
+    logs.configure(log_level)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         process = _Process(settings, listening, build, log_level)
         status = runner.run(process.run())
@@ -62,14 +64,13 @@ class _Process:
             log_config=None,
             access_log=False,
             server_header=False,
-            log_level=log_level,
             timeout_graceful_shutdown=SECONDS_TO_CLOSE,
         )
         self._listener = _Listener(config)
         self._engine: Engine | None = None
         self._status = 0
         self._draining: asyncio.Task | None = None
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(highlight=False)
         self.loader = threading.Thread(target=self._load, name="qwenvl-load", daemon=True)
 
     async def run(self) -> int:

@@ -4,6 +4,7 @@ It has the interface of the real one, and run as a program it serves with the op
 by the seed of a request.
 """
 
+import dataclasses
 import queue
 import sys
 import threading
@@ -15,9 +16,9 @@ import qwenvl_jax
 from qwenvl_jax.inference.generate import Generation
 from qwenvl_jax.inference.requests import Listener, Request, TokenChoice, Update
 from qwenvl_jax.inference.text import TextStream, token_bytes
-from qwenvl_jax.serving import cli
+from qwenvl_jax.serving import cli, run
 
-BREAKS, DIES, STALLS, SLOW = 9001, 9002, 9003, 9004  # seeds
+BREAKS, DIES, STALLS, SLOW, PAUSES = 9001, 9002, 9003, 9004, 9005  # seeds
 TOKENS_BEFORE_A_FAULT = 3
 SLOW_SECONDS = 0.1  # for a token
 
@@ -118,6 +119,8 @@ class SimpleEngine:
             raise Death
         if seed == STALLS:
             time.sleep(3600)
+        if seed == PAUSES:
+            time.sleep(1)
 
 
 def choice(logits: np.ndarray, token: int, alternatives: int) -> TokenChoice:
@@ -129,15 +132,21 @@ def choice(logits: np.ndarray, token: int, alternatives: int) -> TokenChoice:
 
 
 def main() -> int:
-    options = cli.parser().parse_args()
+    parser = cli.parser()
+    parser.add_argument("--loading-seconds", type=float, default=0)
+    parser.add_argument("--stall-seconds", type=float, default=60)
+    options = parser.parse_args()
 
     def build(say):
+        time.sleep(options.loading_seconds)
         vlm = qwenvl_jax.load(options.checkpoint)
         engine = SimpleEngine(vlm.generator, token_bytes(vlm.processor.tokenizer), cli.max_length(options, vlm))
         engine.start()
         return vlm, engine
 
-    return cli.run(options, build)
+    settings = dataclasses.replace(cli.settings(options), ping_seconds=0.3, stall_seconds=options.stall_seconds)
+    with cli.listen(options.host, options.port) as listening:
+        return run.serve(settings, listening, build, options.log_level)
 
 
 if __name__ == "__main__":
