@@ -29,9 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         with listen(options.host, options.port) as listening:
+            told = settings(options)
             from qwenvl_jax.serving import run  # here, so that `--help` and a wrong option do not wait for JAX
 
-            return run.serve(settings(options), listening, lambda say: build(options, say), options.log_level)
+            return run.serve(told, listening, lambda say: build(options, say), options.log_level)
     except UserError as error:
         print(f"serve: {error}", file=sys.stderr)
         return 2
@@ -119,7 +120,9 @@ def build(options: argparse.Namespace, say: Callable[[str], None]) -> "tuple[VLM
     from qwenvl_jax.inference.text import token_bytes
 
     engine = Engine(vlm.generator, token_bytes(vlm.processor.tokenizer), slots=options.slots, max_length=length)
-    engine.warm_up(lambda done, total: say(f"compiling: {done} of {total} programs"))
+    engine.warm_up(
+        lambda done, of: say(f"compiling: {done} of {of} programs") if done in (1, of) or not done % 10 else None
+    )
     engine.start()
     return vlm, engine
 

@@ -15,6 +15,7 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Tokenizer):
         self._bytes = {rank: token for token, rank in tokenizer.ranks.items()}
+        self.longest = max(map(len, self._bytes.values()))  # bytes of an ordinary token
         self._bytes |= {rank: name.encode() for name, rank in tokenizer.special_tokens.items()}
         self._shown = {rank: token for rank, token in self._bytes.items() if rank < tokenizer.eod_id}
         self._shown |= {rank: self._bytes[rank] for rank in tokenizer.grounding_ids}

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from qwenvl_jax.inference.sampling import SamplingOptions
 from qwenvl_jax.processing.template import Prompt
 from qwenvl_jax.serving.errors import APIError, from_user_error
 from qwenvl_jax.serving.media import ImageError
-from qwenvl_jax.serving.schema import ImagePart, Message, Sampling
+from qwenvl_jax.serving.schema import ImagePart, Message, Sampling, TextPart
 from qwenvl_jax.serving.state import Server
 
 NO_WINDOW = 2**31 - 1  # old turns are never left out: a prompt that is too long is refused
@@ -46,6 +46,11 @@ class Prepared:
 
 def from_messages(messages: Sequence[Message], server: Server) -> Prepared:
     """The prompt of a conversation, its pictures loaded. Raises APIError that names the part."""
+    _check_size(
+        (part.text for message in messages for part in message.content if isinstance(part, TextPart)),
+        server,
+        "messages",
+    )
     pictures = load_pictures(messages, server)
     left = iter(pictures)
     conversation: list[dict[str, Any]] = []
@@ -71,6 +76,7 @@ def from_text(text: str | Sequence[int], server: Server, param: str) -> Prepared
     """The prompt of a plain text or of token ids. Nothing in a text counts as a special token."""
     tokenizer = server.vlm.processor.tokenizer
     if isinstance(text, str):
+        _check_size([text], server, param)
         try:
             ids = tokenizer.encode_ordinary(text)
         except UserError as error:
@@ -113,6 +119,15 @@ def load_pictures(messages: Sequence[Message], server: Server) -> list[Image.Ima
     if places:
         server.metrics.images.observe(time.monotonic() - began)
     return pictures
+
+
+def _check_size(texts: Iterable[str], server: Server, param: str) -> None:
+    """Refuses what cannot fit, without the minutes and the memory that millions of tokens take. Raises APIError."""
+    # Normalisation may make three bytes of nine.
+    least = sum(len(text.encode()) for text in texts) // (3 * server.token_texts.longest)
+    if least > server.engine.max_length:
+        message = f"{param}: more than {least} tokens of text; this model takes {server.engine.max_length}; shorten it"
+        raise APIError(400, "context_length_exceeded", message, param)
 
 
 def digest(picture: Image.Image) -> bytes:

@@ -11,8 +11,9 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
+from qwenvl_jax.config import UserError
 from qwenvl_jax.inference.requests import Listener, Request, Update
-from qwenvl_jax.serving.errors import APIError, internal_error
+from qwenvl_jax.serving.errors import APIError, from_user_error, internal_error
 
 SECONDS_BETWEEN_LOOKS = 1.0  # at an engine that says nothing: does it still live?
 
@@ -33,6 +34,7 @@ class Engine(Protocol):
     @property
     def recompiles(self) -> int: ...
 
+    # Returns at once; the listener is called in the engine's thread. Raises UserError for what cannot be answered.
     def submit(self, request: Request, listener: Listener) -> Any: ...
     def cancel(self, ticket: Any) -> None: ...
     def stop(self) -> None: ...
@@ -70,8 +72,10 @@ class Replies:
         try:
             for number, request in enumerate(requests):
                 self._tickets.append(engine.submit(request, functools.partial(self._listen, number)))
-        except BaseException:
+        except BaseException as error:
             self.cancel()
+            if isinstance(error, UserError):
+                raise from_user_error(error) from None
             raise
 
     def cancel(self) -> None:

@@ -25,6 +25,7 @@ from qwenvl_jax.vlm import VLM
 Say = Callable[[str], None]  # shows a line of progress
 Build = Callable[[Say], tuple[VLM, Engine]]
 
+SECONDS_IDLE = 75  # that a connection stays open between requests: longer than proxies keep theirs
 SECONDS_TO_CLOSE = 2  # for connections, after the last answer
 
 
@@ -64,6 +65,7 @@ class _Process:
             log_config=None,
             access_log=False,
             server_header=False,
+            timeout_keep_alive=SECONDS_IDLE,
             timeout_graceful_shutdown=SECONDS_TO_CLOSE,
         )
         self._listener = _Listener(config)

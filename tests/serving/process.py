@@ -55,13 +55,13 @@ class ServerProcess:
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.url = self._line(r"listening on (http://\S+)")[1]
+        self.url = self.line(r"listening on (http://\S+)")[1]
         self.client = httpx.Client(base_url=self.url, timeout=60)
         if wait:
             self.wait_until_ready()
 
     def wait_until_ready(self) -> None:
-        self._line("ready: ")
+        self.line("ready: ")
 
     def __enter__(self) -> "ServerProcess":
         return self
@@ -106,7 +106,8 @@ class ServerProcess:
         for line in self.process.stdout:
             self.lines.append(line)
 
-    def _line(self, pattern: str) -> re.Match:
+    def line(self, pattern: str) -> re.Match:
+        """The first line that holds a pattern; waits for it."""
         end = time.monotonic() + SECONDS_TO_START
         while time.monotonic() < end:
             for line in list(self.lines):

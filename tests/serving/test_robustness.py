@@ -245,3 +245,12 @@ def test_generated_requests_never_break_the_server(server):
     ]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("path", [PATH, "/v1/completions", "/tokenize"])
+def test_a_text_that_is_far_too_long_is_refused_before_it_is_read(client, path):
+    text = "a b " * (5 * 2**20)
+    body = {"model": "tiny"} | ({"messages": user(text)} if path == PATH else {"prompt": text})
+    began = time.monotonic()
+    check_error(client.post(path, json=body), 400, "context_length_exceeded")
+    assert time.monotonic() - began < 2

@@ -80,9 +80,9 @@ def test_penalties_change_repetition(post, text):
 def test_logit_bias_forces_and_bans(text, tokenizer):
     (token,) = tokenizer.encode_ordinary("7")
     assert text(max_tokens=4, logit_bias={str(token): 100}) == "7777"
-    plain = text(max_tokens=8)
-    banned = {str(token): -100 for token in tokenizer.encode_ordinary(plain)}
-    assert not set(tokenizer.encode_ordinary(text(max_tokens=8, logit_bias=banned))) & set(map(int, banned))
+    first = text(max_tokens=1)
+    (token,) = tokenizer.encode(first)
+    assert not text(max_tokens=1, logit_bias={str(token): -100}).startswith(first)
 
 
 @pytest.mark.parametrize("bias", [{"7": 101}, {"x": 1}, {"-1": 1}, {"1024": 1}, {"7": True}, [7], {"9" * 30: 1}])
