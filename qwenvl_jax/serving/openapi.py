@@ -1,5 +1,6 @@
 """/openapi.json: the routes read their bodies themselves, so what they take is described here."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -12,6 +13,7 @@ from qwenvl_jax.serving.schema import ChatRequest, CompletionRequest, Detokenize
 
 _BODIES = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 _REFERENCE = "#/components/schemas/{model}"
+_EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
 _ERRORS = {400, 401, 404, 405, 408, 413, 415, 429, 500, 503, 504}
 _ERRORS_WITHOUT_BODY = {401, 404, 405, 500, 503}
 
@@ -24,7 +26,7 @@ def described(body: type[BaseModel] | None, reply: type[BaseModel], streams: boo
     if reply.__name__ == "Status":
         responses[503] = {"model": reply}
     if streams:
-        responses[200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        responses[200]["content"] = {"text/event-stream": {"schema": _EVENT}}
     described: dict[str, Any] = {"responses": responses, "response_model": None}
     if body is not None:
         schema = {"$ref": _REFERENCE.format(model=body.__name__)}
@@ -33,14 +35,16 @@ def described(body: type[BaseModel] | None, reply: type[BaseModel], streams: boo
     return described
 
 
-def install(app: FastAPI, version: str) -> None:
-    """Lets /openapi.json name the bodies, too."""
+def install(app: FastAPI, version: str, model_names: Sequence[str]) -> None:
+    """Lets /openapi.json name the bodies, too, and what `model` may be in them."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
             made = get_openapi(title=app.title, version=version, routes=app.routes)
             _, definitions = models_json_schema([(body, "validation") for body in _BODIES], ref_template=_REFERENCE)
             made["components"]["schemas"] |= definitions["$defs"]
+            for body in _BODIES:
+                made["components"]["schemas"][body.__name__]["properties"]["model"]["enum"] = list(model_names)
             app.openapi_schema = made
         return app.openapi_schema
 

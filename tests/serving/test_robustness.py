@@ -240,7 +240,16 @@ def test_generated_requests_never_break_the_server(server):
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
     command = [
         *(sys.executable, "-m", "schemathesis.cli", "--no-color", "run", server.url + "/openapi.json"),
-        *("--checks", checks + ",negative_data_rejection", "--max-examples", "15", "--seed", "1"),
+        *(
+            "--checks",
+            checks + ",negative_data_rejection",
+            "--max-examples",
+            "15",
+            "--seed",
+            "1",
+            "--request-timeout",
+            "60",
+        ),
         *("--generation-allow-x00", "false", "--phases", "examples,coverage,fuzzing"),
     ]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
