@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qwenvl_jax.vlm import VLM
 
 KEY_VARIABLE = "QWENVL_API_KEY"
+PROGRAMS_A_LINE = 10  # compiled between two lines of progress
 BACKLOG = 2048  # connections that wait to be accepted
 
 
@@ -111,18 +112,19 @@ def settings(options: argparse.Namespace) -> "Settings":
 def build(options: argparse.Namespace, say: Callable[[str], None]) -> "tuple[VLM, Engine]":
     """The model and a running engine. Raises UserError."""
     import qwenvl_jax
+    from qwenvl_jax.inference.engine import Engine, EngineOptions
+    from qwenvl_jax.inference.text import token_bytes
 
     say(f"loading {options.checkpoint}")
     vlm = qwenvl_jax.load(options.checkpoint, dtype=options.dtype, quantize=options.quantize)
-    length = max_length(options, vlm)
+    sizes = EngineOptions(slots=options.slots, max_length=max_length(options, vlm))
+    engine = Engine(vlm.generator, token_bytes(vlm.processor.tokenizer), sizes)
 
-    from qwenvl_jax.inference.engine import Engine
-    from qwenvl_jax.inference.text import token_bytes
+    def progress(done: int, of: int) -> None:
+        if done == of or done % PROGRAMS_A_LINE == 1:
+            say(f"compiling: {done} of {of} programs")
 
-    engine = Engine(vlm.generator, token_bytes(vlm.processor.tokenizer), slots=options.slots, max_length=length)
-    engine.warm_up(
-        lambda done, of: say(f"compiling: {done} of {of} programs") if done in (1, of) or not done % 10 else None
-    )
+    engine.warm_up(progress)
     engine.start()
     return vlm, engine
 

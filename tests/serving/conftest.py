@@ -6,18 +6,17 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 from openai import OpenAI
-from serving.process import SIMPLE, ServerProcess
+from serving.process import REAL, ServerProcess
 
-# The engine that the tests of the API run on. Faults are those of the simple one.
-SCRIPT = SIMPLE
 NAMES = ("--served-model-name", "tiny", "--served-model-name", "Qwen/Qwen-VL-Chat")
+SIZES = ("--slots", "4", "--max-model-len", "1024")  # fewer programs to compile than by default
 KEY = "sk-test-0123456789"
 
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[ServerProcess]:
-    """The tiny model as it is served by default, under two names."""
-    with ServerProcess(*NAMES, script=SCRIPT) as process:
+    """The tiny model as serve.py serves it, under two names."""
+    with ServerProcess(*NAMES, *SIZES, script=REAL) as process:
         yield process
 
 
@@ -42,6 +41,7 @@ def openai(server) -> OpenAI:
 def guarded() -> Iterator[ServerProcess]:
     """A server with keys, a page that may call it, and a limit of 1 MiB."""
     options = ("--api-key", KEY, "--cors-origin", "https://page.example", "--max-body-mb", "1", "--max-images", "2")
+    options += ("--max-model-len", "192")
     with ServerProcess(*options, env={"QWENVL_API_KEY": "sk-from-environment"}) as process:
         yield process
 
@@ -49,7 +49,7 @@ def guarded() -> Iterator[ServerProcess]:
 @pytest.fixture(scope="session")
 def small() -> Iterator[ServerProcess]:
     """A server with two places, whose engine goes wrong or is slow when it is asked to."""
-    with ServerProcess("--max-queue", "2", script=SIMPLE) as process:
+    with ServerProcess("--max-queue", "2") as process:
         yield process
 
 

@@ -205,9 +205,9 @@ def test_the_newer_name_of_max_tokens_wins(post):
 
 
 def test_more_tokens_than_fit(post):
-    message = check_error(post(chat(max_tokens=2040)), 400, "context_length_exceeded", "max_tokens")
-    assert "2048" in message
-    assert "2040" in message
+    message = check_error(post(chat(max_tokens=1020)), 400, "context_length_exceeded", "max_tokens")
+    assert "1024" in message
+    assert "1020" in message
 
 
 def test_a_prompt_that_does_not_fit(post):
