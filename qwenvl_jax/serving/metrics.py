@@ -4,8 +4,11 @@ Each server has a registry of its own. Numbers of the engine are read when someb
 """
 
 import time
+from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from qwenvl_jax.serving.replies import Engine
 
@@ -42,15 +45,7 @@ class Metrics:
 
     def watch(self, engine: Engine) -> None:
         """Shows the engine's own numbers, too."""
-        self._gauge("num_requests_running", "Replies being generated.").set_function(lambda: engine.running)
-        self._gauge("num_requests_waiting", "Replies waiting for a slot.").set_function(lambda: engine.waiting)
-        self._gauge("recompiles_total", "Programs compiled after the start; 0 unless there is a bug.").set_function(
-            lambda: engine.recompiles
-        )
-        offset = time.time() - time.monotonic()
-        self._gauge("engine_last_step_timestamp", "When the engine last did something, Unix time.").set_function(
-            lambda: engine.last_step + offset
-        )
+        self._registry.register(_OfEngine(engine))
 
     def render(self) -> bytes:
         """All of it in Prometheus' text format."""
@@ -59,8 +54,30 @@ class Metrics:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(PREFIX + name, text, labels, registry=self._registry)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(PREFIX + name, text, registry=self._registry)
-
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(PREFIX + name, text, buckets=buckets, registry=self._registry)
+
+
+class _OfEngine(Collector):
+    """The numbers of an engine at the moment."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        engine = self._engine
+        hits, queries = engine.picture_hits
+        last_step = time.time() - (time.monotonic() - engine.last_step)
+        for name, text, value in (
+            ("num_requests_running", "Replies being generated.", engine.running),
+            ("num_requests_waiting", "Replies waiting for a slot.", engine.waiting),
+            ("kv_cache_usage_perc", "Share of the cache that holds tokens, 0 to 1.", engine.cache_usage),
+            ("engine_last_step_timestamp", "When the engine last did something, Unix time.", last_step),
+        ):
+            yield GaugeMetricFamily(PREFIX + name, text, value)
+        for name, text, value in (
+            ("mm_cache_queries", "Pictures of prompts.", queries),
+            ("mm_cache_hits", "Pictures whose features were there already.", hits),
+            ("recompiles", "Programs compiled after the start; 0 unless there is a bug.", engine.recompiles),
+        ):
+            yield CounterMetricFamily(PREFIX + name, text, value)

@@ -32,7 +32,11 @@ class Engine(Protocol):
     @property
     def alive(self) -> bool: ...
     @property
-    def recompiles(self) -> int: ...
+    def recompiles(self) -> int: ...  # programs compiled after the start
+    @property
+    def cache_usage(self) -> float: ...  # share of the cache that holds tokens
+    @property
+    def picture_hits(self) -> tuple[int, int]: ...  # pictures whose features were there, of all
 
     # Returns at once; the listener is called in the engine's thread. Raises UserError for what cannot be answered.
     def submit(self, request: Request, listener: Listener) -> Any: ...

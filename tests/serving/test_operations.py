@@ -67,6 +67,20 @@ def test_counts_of_replies_and_requests(server, post):
     assert counts() == (ended + 2, wrong + 1)
 
 
+def test_a_picture_that_was_there_before_is_a_hit(server, post):
+    def counts():
+        return server.metric("mm_cache_queries_total"), server.metric("mm_cache_hits_total")
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (31, 17), (1, 2, 3)).save(buffer, "PNG")
+    body = chat(messages=user([encoded(buffer.getvalue())]))
+    queries, hits = counts()
+    first = post(body).json()["choices"][0]
+    assert counts() == (queries + 1, hits)
+    assert post(body).json()["choices"][0] == first
+    assert counts() == (queries + 2, hits + 1)
+
+
 def test_nothing_is_compiled_after_the_start(server, post):
     random = np.random.default_rng(1)
 
