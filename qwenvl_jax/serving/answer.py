@@ -99,7 +99,8 @@ class Progress:
                 record.first_token_seconds = round(now - record.arrived, 4)
                 metrics.first_token.observe(now - record.arrived)
             elif latest is not None:
-                metrics.between_tokens.observe((now - latest) / new)
+                for _ in range(new):
+                    metrics.between_tokens.observe((now - latest) / new)
             self._latest[index] = now
             self._tokens[index] = update.tokens
             metrics.generation_tokens.inc(new)
@@ -140,9 +141,8 @@ async def answer(
             body = await read(request, schema, server)
             check_model(body.model, server)
             body.check_together()
-            place.take(body.replies - 1)
+            place.take(body.requests - 1)
             job = await _before(deadline, until_disconnect(request.receive, prepare(body, server)))
-            place.take(len(job.requests) - place.taken)
             server.check_not_ending()
             replies = Replies(server.engine, job.requests, deadline)
             resources.enter_context(server.replies(replies))

@@ -38,8 +38,8 @@ def serve(settings: Settings, listening: socket.socket, build: Build, log_level:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         process = _Process(settings, listening, build, log_level)
         status = runner.run(process.run())
-        if process.loader.is_alive() or status:
-            _leave(status)  # a thread that compiles cannot be stopped, and should not be waited for
+    if threading.active_count() > 1:
+        _leave(status)  # a thread that compiles or hangs cannot be stopped, and should not be waited for
     return status
 
 
@@ -73,7 +73,6 @@ class _Process:
         self._status = 0
         self._draining: asyncio.Task | None = None
         self._console = Console(highlight=False)
-        self.loader = threading.Thread(target=self._load, name="qwenvl-load", daemon=True)
 
     async def run(self) -> int:
         self._loop = asyncio.get_running_loop()
@@ -81,10 +80,12 @@ class _Process:
             self._loop.add_signal_handler(number, self._on_signal)
         host, port = self._listening.getsockname()[:2]
         self._say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
-        self.loader.start()
+        threading.Thread(target=self._load, name="qwenvl-load", daemon=True).start()
         await self._listener.serve(sockets=[self._listening])
         if self._engine is not None:
-            self._engine.stop()
+            stopper = threading.Thread(target=self._engine.stop, daemon=True)
+            stopper.start()
+            stopper.join(SECONDS_TO_CLOSE)
         self._server.workers.shutdown(wait=False, cancel_futures=True)
         return self._status
 

@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError, core_schema
 from qwenvl_jax.serving.errors import APIError
 
 MOST_PARTS = 4096  # of a list in a request: a longer one would keep the event loop busy
+MOST_TOKENS = 2**17  # of a prompt that is given as token ids
 MOST_REPLIES = 128  # n
 MOST_STOPS = 4
 MOST_LOGPROBS = 20  # of other tokens, with each token
@@ -115,6 +116,11 @@ class Sampling(_Strict):
     def replies(self) -> int:
         """How many replies each prompt gets."""
         return self.n or 1
+
+    @property
+    def requests(self) -> int:
+        """How many replies there are in all."""
+        return self.replies
 
     @property
     def include_usage(self) -> bool:
@@ -225,7 +231,7 @@ class ChatRequest(Sampling):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
-TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MOST_TOKENS, fail_fast=True)]
 
 
 def _prompts(value: Any) -> Any:
@@ -256,6 +262,10 @@ class CompletionRequest(Sampling):
     suffix: Nothing = None
     best_of: One = None
 
+    @property
+    def requests(self) -> int:
+        return self.replies * len(self.prompt)
+
 
 class TokenizeRequest(_Strict):
     """One of prompt and messages."""
@@ -272,4 +282,4 @@ class TokenizeRequest(_Strict):
 
 class DetokenizeRequest(_Strict):
     model: str
-    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+    tokens: Annotated[list[TokenId], Field(max_length=MOST_TOKENS, fail_fast=True)]

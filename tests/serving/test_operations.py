@@ -240,6 +240,8 @@ def test_an_engine_that_hangs():
         response = answer.result()
         check_error(response, 504, "timeout")
         assert response.headers["x-should-retry"] == "false"
+        server.terminate()
+        assert server.process.wait(8) == 0
 
 
 def run(*options: str) -> subprocess.CompletedProcess:

@@ -247,6 +247,11 @@ def test_prompts_of_completions(post, prompt, replies):
     assert reply["usage"]["completion_tokens"] <= 3 * replies
 
 
+def test_more_replies_than_places(post):
+    body = {"model": "tiny", "prompt": ["a"] * 100, "n": 100}
+    assert "10000 replies" in check_error(post(body, "/v1/completions"), 400, param="n")
+
+
 @pytest.mark.parametrize("prompt", ["", [], [[]], [""], [1024], [-1], [1.5], 7, None, [True], {"a": 1}], ids=str)
 def test_prompts_of_completions_that_are_wrong(post, prompt):
     check_error(post({"model": "tiny", "prompt": prompt}, "/v1/completions"), 400)
