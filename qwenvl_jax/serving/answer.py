@@ -177,11 +177,6 @@ def _note_failure(error: APIError, server: Server, record: Record) -> None:
         log.error("generation failed", extra={"fields": fields})
 
 
-async def in_worker(server: Server, function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)` in a thread."""
-    return await asyncio.get_running_loop().run_in_executor(server.workers, function, *arguments)
-
-
 async def _pieces(replies: Replies, job: Job, progress: Progress, server: Server) -> AsyncIterator[Piece]:
     aligners = [Aligner(server.token_texts) for _ in job.requests]
     offsets = [0] * len(job.requests)

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from qwenvl_jax.inference import requests
 from qwenvl_jax.serving import prompts
-from qwenvl_jax.serving.answer import Job, Piece, answer, in_worker
+from qwenvl_jax.serving.answer import Job, Piece, answer
 from qwenvl_jax.serving.errors import APIError
 from qwenvl_jax.serving.logprobs import TokenTexts, chat_logprobs
 from qwenvl_jax.serving.openapi import described
@@ -32,7 +32,7 @@ async def prepare(body: ChatRequest, server: Server) -> Job:
         raise APIError(
             400, "unsupported_model", "model: a base model, which does not chat; use /v1/completions", "model"
         )
-    prepared = await in_worker(server, prompts.from_messages, body.messages, server)
+    prepared = await prompts.from_messages(body.messages, server)
     made = [
         requests.Request(
             prepared.prompt,

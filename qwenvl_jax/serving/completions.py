@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from qwenvl_jax.inference import requests
 from qwenvl_jax.serving import prompts
-from qwenvl_jax.serving.answer import Job, Piece, answer, in_worker
+from qwenvl_jax.serving.answer import Job, Piece, answer
 from qwenvl_jax.serving.logprobs import TokenTexts, completion_logprobs
 from qwenvl_jax.serving.openapi import described
 from qwenvl_jax.serving.prompts import Prepared
@@ -27,7 +27,7 @@ async def create_completion(request: Request) -> Response:
 
 async def prepare(body: CompletionRequest, server: Server) -> Job:
     """What the engine is asked for these prompts."""
-    prepared = await in_worker(server, _prompts, body, server)
+    prepared = await server.with_prompts(_prompts, body, server)
     stop_ids = () if body.ignore_eos else tuple(server.vlm.raw_stop_ids)
     made = [
         requests.Request(one.prompt, options, stop_ids, alternatives=body.logprobs)

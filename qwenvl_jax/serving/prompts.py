@@ -1,8 +1,9 @@
 """Requests to what the engine takes: prompts of tokens and pixels, and sampling options.
 
-Runs in worker threads but for the options, since pictures and long texts take their time.
+Pictures and long texts take their time and are read in worker threads; the rest runs in the event loop.
 """
 
+import asyncio
 import dataclasses
 import hashlib
 import secrets
@@ -44,14 +45,35 @@ class Prepared:
         return len(self.prompt.input_ids)
 
 
-def from_messages(messages: Sequence[Message], server: Server) -> Prepared:
+async def from_messages(messages: Sequence[Message], server: Server) -> Prepared:
     """The prompt of a conversation, its pictures loaded. Raises APIError that names the part."""
-    _check_size(
-        (part.text for message in messages for part in message.content if isinstance(part, TextPart)),
-        server,
-        "messages",
-    )
-    pictures = load_pictures(messages, server)
+    parts = [
+        (f"messages.{i}.content.{j}", part)
+        for i, message in enumerate(messages)
+        for j, part in enumerate(message.content)
+    ]
+    _check_size((part.text for _, part in parts if isinstance(part, TextPart)), server, "messages")
+    urls = {f"{place}.image_url.url": part.image_url.url for place, part in parts if isinstance(part, ImagePart)}
+    most = server.settings.max_images
+    if len(urls) > most:
+        message = f"messages: {len(urls)} pictures; this server takes {most}, those of old turns included"
+        raise APIError(400, "too_many_images", message, "messages")
+    began = time.monotonic()
+    pictures = await asyncio.gather(*(server.with_pictures(_load, place, url, server) for place, url in urls.items()))
+    if pictures:
+        server.metrics.images.observe(time.monotonic() - began)
+    return await server.with_prompts(_of_conversation, messages, pictures, server)
+
+
+def _load(place: str, url: str, server: Server) -> Image.Image:
+    try:
+        return server.load_image(url)
+    except ImageError as error:
+        server.metrics.image_rejected.labels(error.code).inc()
+        raise APIError(400, error.code, f"{place}: {error}", place) from None
+
+
+def _of_conversation(messages: Sequence[Message], pictures: Sequence[Image.Image], server: Server) -> Prepared:
     left = iter(pictures)
     conversation: list[dict[str, Any]] = []
     for message in messages:
@@ -92,33 +114,6 @@ def from_text(text: str | Sequence[int], server: Server, param: str) -> Prepared
     no_pictures = np.zeros((0, 3, side, side), np.float32)
     prompt = Prompt(np.array(ids, np.int32), np.full(len(ids), -1, np.int32), no_pictures, [])
     return Prepared(prompt, 0)
-
-
-def load_pictures(messages: Sequence[Message], server: Server) -> list[Image.Image]:
-    """All pictures of a conversation. Raises APIError with the place of the one that cannot be used."""
-    places = [
-        (f"messages.{number}.content.{position}.image_url.url", part.image_url.url)
-        for number, message in enumerate(messages)
-        for position, part in enumerate(message.content)
-        if isinstance(part, ImagePart)
-    ]
-    most = server.settings.max_images
-    if len(places) > most:
-        message = (
-            f"messages: {len(places)} pictures; this server takes {most} in a request, those of old turns included"
-        )
-        raise APIError(400, "too_many_images", message, "messages")
-    pictures = []
-    began = time.monotonic()
-    for place, url in places:
-        try:
-            pictures.append(server.load_image(url))
-        except ImageError as error:
-            server.metrics.image_rejected.labels(error.code).inc()
-            raise APIError(400, error.code, f"{place}: {error}", place) from None
-    if places:
-        server.metrics.images.observe(time.monotonic() - began)
-    return pictures
 
 
 def _check_size(texts: Iterable[str], server: Server, param: str) -> None:

@@ -86,7 +86,7 @@ class _Process:
             stopper = threading.Thread(target=self._engine.stop, daemon=True)
             stopper.start()
             stopper.join(SECONDS_TO_CLOSE)
-        self._server.workers.shutdown(wait=False, cancel_futures=True)
+        self._server.close()
         return self._status
 
     def _load(self) -> None:

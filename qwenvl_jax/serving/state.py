@@ -6,8 +6,8 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar
 
 from qwenvl_jax.serving.errors import APIError
 from qwenvl_jax.serving.logprobs import TokenTexts
@@ -19,6 +19,7 @@ from qwenvl_jax.vlm import VLM
 
 RETRY_SECONDS = (1, 30)  # least and most that a client is asked to wait for a place
 
+T = TypeVar("T")
 Status = Literal["loading", "ready", "draining", "stuck", "dead"]
 
 
@@ -30,9 +31,10 @@ class Server:
         self.started = int(time.time())
         self.metrics = Metrics()
         self.load_image = ImageLoader(settings.image_limits, settings.allow_urls, settings.allowed_hosts)
-        # Pictures and tokens are made in these threads: the event loop stays free, the engine keeps a core.
+        # The event loop stays free, the engine keeps a core, and a picture that is slow to fetch holds up no text.
         workers = min(max((os.cpu_count() or 2) - 2, 2), 12)
-        self.workers = concurrent.futures.ThreadPoolExecutor(workers, "qwenvl-prepare")
+        self._pictures = concurrent.futures.ThreadPoolExecutor(2 * workers, "qwenvl-pictures")
+        self._prompts = concurrent.futures.ThreadPoolExecutor(workers, "qwenvl-prompts")
         self.draining = False
         self._ending: APIError | None = None
         self._held = 0
@@ -73,10 +75,18 @@ class Server:
             return "draining"
         return "loading" if engine is None else "ready"
 
-    @property
-    def held(self) -> int:
-        """Places that are taken: replies asked for whose HTTP requests are not over."""
-        return self._held
+    async def with_pictures(self, function: Callable[..., T], *arguments: Any) -> T:
+        """`function(*arguments)` in a thread for pictures."""
+        return await asyncio.get_running_loop().run_in_executor(self._pictures, function, *arguments)
+
+    async def with_prompts(self, function: Callable[..., T], *arguments: Any) -> T:
+        """`function(*arguments)` in a thread for text."""
+        return await asyncio.get_running_loop().run_in_executor(self._prompts, function, *arguments)
+
+    def close(self) -> None:
+        """Ends the threads once they are done."""
+        for pool in (self._pictures, self._prompts):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     @contextlib.contextmanager
     def place(self) -> Iterator["Place"]:

@@ -5,7 +5,6 @@ import contextlib
 from fastapi import APIRouter, Request, Response
 
 from qwenvl_jax.serving import prompts
-from qwenvl_jax.serving.answer import in_worker
 from qwenvl_jax.serving.body import check_model, read
 from qwenvl_jax.serving.encoding import JSONReply
 from qwenvl_jax.serving.openapi import described
@@ -26,9 +25,9 @@ async def tokenize(request: Request) -> Response:
         check_model(body.model, server)
         body.check_together()
         if body.messages is not None:
-            prepared = await in_worker(server, prompts.from_messages, body.messages, server)
+            prepared = await prompts.from_messages(body.messages, server)
         else:
-            prepared = await in_worker(server, prompts.from_text, body.prompt, server, "prompt")
+            prepared = await server.with_prompts(prompts.from_text, body.prompt, server, "prompt")
         tokens = prepared.prompt.input_ids.tolist()
         return JSONReply(
             {
@@ -48,5 +47,5 @@ async def detokenize(request: Request) -> Response:
     with server.place(), contextlib.suppress(Disconnected):
         body = await read(request, DetokenizeRequest, server)
         check_model(body.model, server)
-        return JSONReply({"prompt": await in_worker(server, server.token_texts.decode, body.tokens)})
+        return JSONReply({"prompt": await server.with_prompts(server.token_texts.decode, body.tokens)})
     return Response(status_code=499)
