@@ -1,6 +1,5 @@
 """Servers that tests share. Tests that kill a server, or change what it says of itself, start one of their own."""
 
-import os
 from collections.abc import Callable, Iterator
 
 import httpx
@@ -58,4 +57,3 @@ def _no_proxy(monkeypatch):
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
-    assert "XLA_FLAGS" in os.environ

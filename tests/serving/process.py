@@ -48,7 +48,7 @@ class ServerProcess:
 
     def __init__(self, *options: str, script: Path = SIMPLE, wait: bool = True, env: dict[str, str] | None = None):
         command = [sys.executable, str(script), "--port", "0", *options]
-        environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"], "PYTHONUNBUFFERED": "1"} | (env or {})
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | (env or {})
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY, env=environment
         )
