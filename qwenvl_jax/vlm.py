@@ -86,12 +86,12 @@ class VLM:
 
     def chat(self, messages: Messages, **options: Any) -> Reply:
         """The model's reply to a conversation that ends with a user message."""
-        return self._replies([self._chat_prompt(messages)], self._options(options), self._chat_stops, strip=True)[0]
+        return self._replies([self._chat_prompt(messages)], self._options(options), self.chat_stop_ids, strip=True)[0]
 
     def stream(self, messages: Messages, **options: Any) -> Iterator[str]:
         """The text of the same reply in pieces, as they come."""
         prompt = self._chat_prompt(messages)
-        generation, streams = self._start([prompt], self._options(options), self._chat_stops, strip=True)
+        generation, streams = self._start([prompt], self._options(options), self.chat_stop_ids, strip=True)
         return (texts[0] for texts in pieces(generation, streams, SMOOTH) if texts[0])
 
     def batch(self, conversations: Sequence[Messages], **options: Any) -> list[Reply]:
@@ -105,7 +105,7 @@ class VLM:
                     prompts.append(self._chat_prompt(messages))
                 except UserError as error:
                     raise UserError(f"conversation {number}: {error}") from None
-            replies += self._replies(prompts, chosen, self._chat_stops, strip=True)
+            replies += self._replies(prompts, chosen, self.chat_stop_ids, strip=True)
         return replies
 
     def generate(self, prompt: str, images: Sequence[ImageSource] = (), **options: Any) -> Reply:
@@ -114,7 +114,7 @@ class VLM:
         Each `<img></img>` in it takes the next of `images`; without them the pictures come first.
         """
         read = self.processor.raw(prompt, images)
-        return self._replies([read], self._options(options), self._raw_stops, strip=False)[0]
+        return self._replies([read], self._options(options), self.raw_stop_ids, strip=False)[0]
 
     def score(
         self, prompt: str, choices: Sequence[str], images: Sequence[ImageSource] = (), *, per_token: bool = False
@@ -171,11 +171,13 @@ class VLM:
         return np.asarray(self.generator.encode_images(pixels)[0], np.float32)
 
     @functools.cached_property
-    def _raw_stops(self) -> list[int]:
+    def raw_stop_ids(self) -> list[int]:
+        """Tokens that end the continuation of a raw prompt."""
         return [self.processor.tokenizer.eod_id]
 
     @functools.cached_property
-    def _chat_stops(self) -> list[int]:
+    def chat_stop_ids(self) -> list[int]:
+        """Tokens that end a reply of `chat`."""
         tokenizer = self.processor.tokenizer
         return [tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.eod_id]
 

@@ -1,1 +1,1 @@
-"""Serving over HTTP; not part of this release (see `cli.py`)."""
+"""Serving over HTTP in the form of OpenAI's API; `cli.py` is the command, `app.py` lists the routes."""

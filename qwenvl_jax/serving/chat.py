@@ -1,0 +1,84 @@
+"""POST /v1/chat/completions: OpenAI's form of a conversation and its reply."""
+
+import time
+import uuid
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from qwenvl_jax.inference import requests
+from qwenvl_jax.serving import prompts
+from qwenvl_jax.serving.answer import Job, Piece, answer
+from qwenvl_jax.serving.errors import APIError
+from qwenvl_jax.serving.logprobs import TokenTexts, chat_logprobs
+from qwenvl_jax.serving.openapi import described
+from qwenvl_jax.serving.responses import ChatCompletion
+from qwenvl_jax.serving.schema import ChatRequest
+from qwenvl_jax.serving.state import Server
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", **described(ChatRequest, ChatCompletion, streams=True))
+async def create_chat_completion(request: Request) -> Response:
+    """Answers a conversation, in one piece or as a stream."""
+    return await answer(request, ChatRequest, prepare)
+
+
+async def prepare(body: ChatRequest, server: Server) -> Job:
+    """What the engine is asked for a conversation."""
+    vlm = server.vlm
+    if not vlm.is_chat:
+        raise APIError(
+            400, "unsupported_model", "model: a base model, which does not chat; use /v1/completions", "model"
+        )
+    prepared = await prompts.from_messages(body.messages, server)
+    made = [
+        requests.Request(
+            prepared.prompt,
+            options,
+            stop_ids=() if body.ignore_eos else tuple(vlm.chat_stop_ids),
+            strip=True,
+            alternatives=(body.top_logprobs or 0) if body.logprobs else None,
+            picture_keys=prepared.picture_keys,
+        )
+        for options in prompts.options(body, prepared, server)
+    ]
+    form = ChatForm(body.model, server.token_texts, bool(body.logprobs))
+    return Job([prepared], made, form, bool(body.stream), body.include_usage)
+
+
+class ChatForm:
+    """How a reply of chat completions is written."""
+
+    def __init__(self, model: str, texts: TokenTexts, logprobs: bool):
+        self.head: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._texts = texts
+        self._logprobs = logprobs
+
+    def name(self, stream: bool) -> str:
+        return "chat.completion.chunk" if stream else "chat.completion"
+
+    def opening(self, index: int) -> dict[str, Any]:
+        delta = {"role": "assistant", "content": "", "refusal": None}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def chunk(self, piece: Piece) -> dict[str, Any]:
+        delta = {"content": piece.text} if piece.text else {}
+        return {
+            "index": piece.index,
+            "delta": delta,
+            "logprobs": self._logprobs_of(piece) if piece.choices else None,
+            "finish_reason": piece.finish_reason,
+        }
+
+    def whole(self, piece: Piece) -> dict[str, Any]:
+        return {
+            "index": piece.index,
+            "message": {"role": "assistant", "content": piece.text, "refusal": None},
+            "logprobs": self._logprobs_of(piece),
+            "finish_reason": piece.finish_reason,
+        }
+
+    def _logprobs_of(self, piece: Piece) -> dict[str, Any] | None:
+        return chat_logprobs(self._texts, piece.texts, piece.choices) if self._logprobs else None

@@ -1,0 +1,37 @@
+"""GET /v1/models: the names under which the one model is served."""
+
+from fastapi import APIRouter, Request, Response
+
+from qwenvl_jax.serving.body import check_model
+from qwenvl_jax.serving.encoding import JSONReply
+from qwenvl_jax.serving.openapi import described
+from qwenvl_jax.serving.responses import Model, ModelList
+from qwenvl_jax.serving.state import Server
+
+router = APIRouter()
+
+
+@router.get("/v1/models", **described(None, ModelList))
+async def list_models(request: Request) -> Response:
+    """All names."""
+    server: Server = request.app.state.server
+    return JSONReply({"object": "list", "data": [_model(name, server) for name in server.settings.model_names]})
+
+
+@router.get("/v1/models/{name:path}", **described(None, Model))
+async def retrieve_model(name: str, request: Request) -> Response:
+    """One name; it may hold slashes."""
+    server: Server = request.app.state.server
+    check_model(name, server)
+    return JSONReply(_model(name, server))
+
+
+def _model(name: str, server: Server) -> dict:
+    return {
+        "id": name,
+        "object": "model",
+        "created": server.started,
+        "owned_by": "qwenvl-jax",
+        "root": server.settings.model_names[0],
+        "max_model_len": server.max_length,
+    }
