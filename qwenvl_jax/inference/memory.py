@@ -75,6 +75,15 @@ def check_memory(generator: Generator, options: EngineOptions, available: int | 
     raise UserError(f"{problem}; use a shorter max_length, weights in fewer bits (quantize), or more devices")
 
 
+def described(plan: MemoryPlan, options: EngineOptions) -> str:
+    """The plan in a line, for whoever starts the engine."""
+    parts = ", ".join(f"{name} {getattr(plan, name) / GIB:.2f}" for name in plan._fields[:-1])
+    return (
+        f"memory: {plan.needed / GIB:.2f} of {plan.available / GIB:.1f} GiB ({parts}) "
+        f"for {options.slots} replies of {options.max_length} tokens at once"
+    )
+
+
 def memory_of(device: jax.Device) -> int:
     """Bytes that a device has for this process; of a CPU what the machine has."""
     stats = device.memory_stats() or {}

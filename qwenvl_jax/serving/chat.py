@@ -6,14 +6,16 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from qwenvl_jax.config import UserError
 from qwenvl_jax.inference import requests
+from qwenvl_jax.inference.grammar import GrammarConstraint
 from qwenvl_jax.serving import prompts
 from qwenvl_jax.serving.answer import Job, Piece, answer
 from qwenvl_jax.serving.errors import APIError
 from qwenvl_jax.serving.logprobs import TokenTexts, chat_logprobs
 from qwenvl_jax.serving.openapi import described
 from qwenvl_jax.serving.responses import ChatCompletion
-from qwenvl_jax.serving.schema import ChatRequest
+from qwenvl_jax.serving.schema import ChatRequest, JsonObject, JsonSchema, Regex
 from qwenvl_jax.serving.state import Server
 
 router = APIRouter()
@@ -33,19 +35,38 @@ async def prepare(body: ChatRequest, server: Server) -> Job:
             400, "unsupported_model", "model: a base model, which does not chat; use /v1/completions", "model"
         )
     prepared = await prompts.from_messages(body.messages, server)
+    constraint = await server.with_prompts(_constraint, body, server)
+    # What is constrained ends where its form does, which needs the token that says so.
+    stop_ids = () if body.ignore_eos and constraint is None else tuple(vlm.chat_stop_ids)
     made = [
         requests.Request(
             prepared.prompt,
             options,
-            stop_ids=() if body.ignore_eos else tuple(vlm.chat_stop_ids),
+            stop_ids=stop_ids,
             strip=True,
             alternatives=(body.top_logprobs or 0) if body.logprobs else None,
             picture_keys=prepared.picture_keys,
+            constraint=constraint and constraint.copy(),
         )
         for options in prompts.options(body, prepared, server)
     ]
     form = ChatForm(body.model, server.token_texts, bool(body.logprobs))
     return Job([prepared], made, form, bool(body.stream), body.include_usage)
+
+
+def _constraint(body: ChatRequest, server: Server) -> GrammarConstraint | None:
+    """What the replies must look like, where the request says. Raises APIError for what cannot be followed."""
+    try:
+        match body.response_format:
+            case JsonObject():
+                return server.grammars.json_object()
+            case JsonSchema(json_schema=wanted):
+                return server.grammars.json_schema(wanted.body)
+            case Regex(regex=pattern):
+                return server.grammars.regex(pattern)
+    except UserError as error:
+        raise APIError(400, "invalid_value", f"response_format: {error}", "response_format") from None
+    return None
 
 
 class ChatForm:

@@ -113,11 +113,13 @@ def build(options: argparse.Namespace, say: Callable[[str], None]) -> "tuple[VLM
     """The model and a running engine. Raises UserError."""
     import qwenvl_jax
     from qwenvl_jax.inference.engine import Engine, EngineOptions
+    from qwenvl_jax.inference.memory import check_memory, described
     from qwenvl_jax.inference.text import token_bytes
 
     say(f"loading {options.checkpoint}")
     vlm = qwenvl_jax.load(options.checkpoint, dtype=options.dtype, quantize=options.quantize)
     sizes = EngineOptions(slots=options.slots, max_length=max_length(options, vlm))
+    say(described(check_memory(vlm.generator, sizes), sizes))
     engine = Engine(vlm.generator, token_bytes(vlm.processor.tokenizer), sizes)
 
     def progress(done: int, of: int) -> None:

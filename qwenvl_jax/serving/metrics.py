@@ -67,6 +67,7 @@ class _OfEngine(Collector):
     def collect(self) -> Iterator[Metric]:
         engine = self._engine
         hits, queries = engine.picture_hits
+        prefix_hits, prefix_queries = engine.prefix_hits
         last_step = time.time() - (time.monotonic() - engine.last_step)
         for name, text, value in (
             ("num_requests_running", "Replies being generated.", engine.running),
@@ -78,6 +79,8 @@ class _OfEngine(Collector):
         for name, text, value in (
             ("mm_cache_queries", "Pictures of prompts.", queries),
             ("mm_cache_hits", "Pictures whose features were there already.", hits),
+            ("prefix_cache_queries", "Tokens of prompts.", prefix_queries),
+            ("prefix_cache_hits", "Tokens of prompts that were read before.", prefix_hits),
             ("recompiles", "Programs compiled after the start; 0 unless there is a bug.", engine.recompiles),
         ):
             yield CounterMetricFamily(PREFIX + name, text, value)

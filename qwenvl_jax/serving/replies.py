@@ -38,6 +38,9 @@ class Engine(Protocol):
     @property
     def picture_hits(self) -> tuple[int, int]: ...  # pictures whose features were there, of all
 
+    @property
+    def prefix_hits(self) -> tuple[int, int]: ...  # tokens of prompts that needed no computing, of all
+
     # Returns at once; the listener is called in the engine's thread. Raises UserError for what cannot be answered.
     def submit(self, request: Request, listener: Listener) -> Any: ...
     def cancel(self, ticket: Any) -> None: ...

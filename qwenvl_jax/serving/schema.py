@@ -49,7 +49,6 @@ class Refused:
 
 Tools = Annotated[Any, Refused((None, []), "leave it out and describe the tools in the prompt")]
 ToolChoice = Annotated[Any, Refused((None, "none", "auto"))]
-ResponseFormat = Annotated[Any, Refused((None, {"type": "text"}), "only text is generated")]
 Modalities = Annotated[Any, Refused((None, ["text"]), "only text is generated")]
 Nothing = Annotated[Any, Refused((None,))]
 Off = Annotated[Any, Refused((None, False))]
@@ -73,6 +72,38 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Penalty = Annotated[Number, Field(ge=-2, le=2)]
 Bias = Annotated[Number, Field(ge=-100, le=100)]
 Probability = Annotated[Number, Field(ge=0, le=1)]
+
+
+class AnyText(_Strict):
+    type: Literal["text"]
+
+
+class JsonObject(_Strict):
+    type: Literal["json_object"]
+
+
+class NamedSchema(_Strict):
+    """strict: taken and without effect, since the reply follows the schema in any case."""
+
+    name: Annotated[str, Field(max_length=64)] | None = None
+    description: str | None = None
+    body: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class JsonSchema(_Strict):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+class Regex(_Strict):
+    """An extension: the whole reply matches."""
+
+    type: Literal["regex"]
+    regex: Annotated[str, Field(min_length=1)]
+
+
+ResponseFormat = Annotated[AnyText | JsonObject | JsonSchema | Regex, Field(discriminator="type")]
 
 
 class StreamOptions(_Strict):
@@ -214,7 +245,7 @@ class ChatRequest(Sampling):
     tool_choice: ToolChoice = None
     functions: Tools = None
     function_call: ToolChoice = None
-    response_format: ResponseFormat = None
+    response_format: ResponseFormat | None = None
     modalities: Modalities = None
     audio: Nothing = None
     web_search_options: Nothing = None

@@ -3,12 +3,14 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import math
 import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
+from qwenvl_jax.inference.grammar import Grammars
 from qwenvl_jax.serving.errors import APIError
 from qwenvl_jax.serving.logprobs import TokenTexts
 from qwenvl_jax.serving.media import ImageLoader
@@ -58,6 +60,12 @@ class Server:
     def engine(self) -> Engine:
         assert self._engine is not None
         return self._engine
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """What constrains replies to a form. Made when it is first asked for, in a second for a large vocabulary."""
+        tokenizer = self.vlm.processor.tokenizer
+        return Grammars(tokenizer, self.vlm.config.vocab_size, tokenizer.im_end_id)
 
     @property
     def max_length(self) -> int | None:

@@ -36,7 +36,7 @@ class Death(BaseException):
 class SimpleEngine:
     recompiles = 0
     cache_usage = 0.0
-    picture_hits = 0, 0
+    picture_hits = prefix_hits = 0, 0
 
     def __init__(self, generator, table: dict[int, bytes], max_length: int):
         self.max_length = max_length
