@@ -326,9 +326,9 @@ def _sizes(least: int, most: int, between: int | None = None) -> tuple[int, ...]
 
 
 def _row_sizes(most: int) -> tuple[int, ...]:
-    """1, 4, 16, ... and `most` itself."""
-    sizes, size = [], 1
-    while size < most:
+    """`most`, a quarter of it and so on, and 1."""
+    sizes, size = [most], most // 4
+    while size >= 4:
         sizes.append(size)
-        size *= 4
-    return (*sizes, most)
+        size //= 4
+    return tuple(sorted({1, *sizes}))

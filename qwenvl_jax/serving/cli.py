@@ -111,6 +111,8 @@ def settings(options: argparse.Namespace) -> "Settings":
 
 def build(options: argparse.Namespace, say: Callable[[str], None]) -> "tuple[VLM, Engine]":
     """The model and a running engine. Raises UserError."""
+    import jax
+
     import qwenvl_jax
     from qwenvl_jax.inference.engine import Engine, EngineOptions
     from qwenvl_jax.inference.memory import check_memory, described
@@ -118,6 +120,9 @@ def build(options: argparse.Namespace, say: Callable[[str], None]) -> "tuple[VLM
 
     say(f"loading {options.checkpoint}")
     vlm = qwenvl_jax.load(options.checkpoint, dtype=options.dtype, quantize=options.quantize)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # There are many small programs, too, and all of them are wanted again at the next start.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     sizes = EngineOptions(slots=options.slots, max_length=max_length(options, vlm))
     say(described(check_memory(vlm.generator, sizes), sizes))
     engine = Engine(vlm.generator, token_bytes(vlm.processor.tokenizer), sizes)

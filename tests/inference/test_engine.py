@@ -25,7 +25,7 @@ TABLE = {token: bytes([token % 26 + 97]) for token in range(320)}
 @pytest.fixture(scope="module")
 def engine(small_model) -> Iterator[Engine]:
     engine = Engine(
-        Generator(small_model), TABLE, EngineOptions(slots=5, max_length=LENGTH, pictures=20, prefixes=PREFIXES)
+        Generator(small_model), TABLE, EngineOptions(slots=17, max_length=LENGTH, pictures=20, prefixes=PREFIXES)
     )
     seen = []
     engine.warm_up(lambda done, total: seen.append((done, total)))
