@@ -20,7 +20,7 @@ from qwenvl_jax.inference.text import TextStream, token_bytes
 from qwenvl_jax.serving import cli, run
 from qwenvl_jax.serving.settings import Settings
 
-BREAKS, DIES, STALLS, SLOW, PAUSES = 9001, 9002, 9003, 9004, 9005  # seeds
+BREAKS, DIES, STALLS, SLOW, PAUSES, BLOCKS = 9001, 9002, 9003, 9004, 9005, 9006  # seeds
 TOKENS_BEFORE_A_FAULT = 3
 SLOW_SECONDS = 0.1  # for a token
 
@@ -66,6 +66,8 @@ class SimpleEngine:
 
     def submit(self, request: Request, listener: Listener) -> Ticket:
         ticket = Ticket(request, listener)
+        if not self._tickets:
+            self.last_step = time.monotonic()
         self._tickets.add(ticket)
         self._queue.put(ticket)
         return ticket
@@ -76,6 +78,8 @@ class SimpleEngine:
     def _run(self) -> None:
         while (ticket := self._queue.get()) is not None:
             self.last_step = time.monotonic()
+            if ticket.request.options.seed == BLOCKS:
+                time.sleep(3600)
             self.running = 1
             try:
                 if not ticket.cancelled:
