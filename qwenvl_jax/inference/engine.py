@@ -97,26 +97,31 @@ class Engine:
     def submit(self, request: Request, listener: Listener) -> Reply:
         """Queues a request. Its listener is called in the engine's thread, and must not wait.
 
-        Raises UserError for a prompt that leaves no room for a reply or has more pictures than tokens for them.
+        Raises UserError for a prompt that leaves no room for a reply, and for an adapter that there is not.
         """
+        generator = self._generator
         length = len(request.prompt.input_ids)
         if not 0 < length < self.max_length:
             raise UserError(f"the prompt has {length} tokens; 1 to {self.max_length - 1} are possible")
+        if not 0 <= request.adapter <= generator.adapters:
+            raise UserError(f"adapter is {request.adapter}; the model has {generator.adapters}, and 0 is for none")
         most = min(request.options.max_new_tokens, self.max_length - length)
         option = dataclasses.replace(
             request.options, max_new_tokens=most, min_new_tokens=min(request.options.min_new_tokens, most)
         )
         request = dataclasses.replace(request, options=option)
-        vocabulary = self._generator.config.vocab_size
+        vocabulary = generator.config.vocab_size
         allowed = None if request.constraint is None else request.constraint.allowed()
         logprobs = request.alternatives is not None
         chosen = controls([option], request.stop_ids, vocabulary, logprobs=logprobs, allowed=allowed)
         if len(request.picture_keys) != len(request.prompt.pixels):
             keys = tuple(hashlib.sha256(picture.tobytes()).digest() for picture in request.prompt.pixels)
             request = dataclasses.replace(request, picture_keys=keys)
-        config = self._generator.config
-        rotary = frequencies(config, [length])
-        blocks = block_digests(request.prompt, request.picture_keys, rotary, config.visual.n_queries)
+        if generator.adapts_pictures:  # the same pixels have other features
+            keys = tuple(key + request.adapter.to_bytes(4) for key in request.picture_keys)
+            request = dataclasses.replace(request, picture_keys=keys)
+        rotary, queries = frequencies(generator.config, [length]), generator.config.visual.n_queries
+        blocks = block_digests(request.prompt, request.picture_keys, rotary, request.adapter, queries)
         reply = Reply(request, listener, chosen, blocks, self._table)
         with self._wake:
             if self._stopping or (self._thread.ident is not None and not self._thread.is_alive()):

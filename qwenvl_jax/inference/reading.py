@@ -73,7 +73,8 @@ class PromptReader:
         keys = [request.picture_keys[picture] for picture in needed]
         missing = self.features.missing(keys)[: AT_ONCE[0]]
         if missing:
-            self.features.encode([keys[place] for place in missing], request.prompt.pixels[needed[missing]])
+            pixels = request.prompt.pixels[needed[missing]]
+            self.features.encode([keys[place] for place in missing], pixels, request.adapter)
             reply.encoded += len(missing)
         return bool(missing)
 
@@ -103,7 +104,7 @@ class PromptReader:
         request = reply.request
         features = self.features.stack(request.picture_keys, self._pictures_in(size))
         batch = self._generator.batch([request.prompt], room=1, features=features, length=size)
-        return self._generator.prefill(batch, reply.controls)
+        return self._generator.prefill(batch, reply.controls, adapter=self._generator.chosen(request.adapter))
 
     def _continued(
         self, reply: Reply, prefix: Prefix, pieces: Sequence[Piece], size: int
@@ -124,7 +125,7 @@ class PromptReader:
             places = np.array([end - start], np.int32), np.array([start], np.int32)
             past, state, fixed, grown = self._extend[padded](
                 self._generator.leaves, ids, slots, places[0], features, reply.controls, rotary, in_prompt, places[1],
-                past=past,
+                self._generator.chosen(reply.request.adapter), past=past,
             )  # fmt: skip
         return each(self._resize[self._room, size], [past]), state, fixed, grown
 
@@ -143,8 +144,9 @@ class PromptReader:
         rotary = frequencies(self._generator.config, [1])
         in_prompt = jax.ShapeDtypeStruct(fixed.in_prompt.shape, bool)
         self._extend.compile(
-            size, self._generator.leaves, ids, ids, number, features, options, rotary, in_prompt, number, past=past
-        )
+            size, self._generator.leaves, ids, ids, number, features, options, rotary, in_prompt, number,
+            self._generator.chosen(0), past=past,
+        )  # fmt: skip
 
 
 def _pieces(start: int, length: int) -> list[Piece]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from qwenvl_jax.inference.sampling import Array, Controls, sample
 from qwenvl_jax.models.qwen_vl import QwenVL
 from qwenvl_jax.nn import cache as kv_cache
+from qwenvl_jax.nn.adapter_bank import with_chosen
 from qwenvl_jax.nn.attention import causal_mask
 
 CHUNK = 32  # tokens that a reply may grow by before its cache is flushed, and the most steps of one call
@@ -62,6 +63,7 @@ class Fixed(NamedTuple):
     in_prompt: jax.Array  # bool [B, V], tokens of the prompt
     frequencies: Array  # float32 [B, R / 2] with R rotated dimensions
     shift: Array  # int32 [B], position of the first prompt token; 0 but for comparisons with left-padded batches
+    adapter: Array | None = None  # int32 [B], the adapter of each row, 0 for none; None where the model has no bank
 
 
 class Rows(NamedTuple):
@@ -93,8 +95,12 @@ def forward(model: QwenVL, ids, slots, features, mask, positions, rotary):
     return model(model.embed(ids, features, slots), context)
 
 
-def prefill(model: QwenVL, ids, slots, lengths, features, controls: Controls, rotary, shift, finished):
-    """Reads prompts [B, T] and chooses the first token of each reply. Returns past, state, fixed and those tokens."""
+def prefill(model: QwenVL, ids, slots, lengths, features, controls: Controls, rotary, shift, finished, adapter=None):
+    """Reads prompts [B, T] and chooses the first token of each reply. Returns past, state, fixed and those tokens.
+
+    adapter: int32 [B], or None for the base model, see `Fixed`.
+    """
+    model = with_chosen(model, adapter)
     rows, length = ids.shape
     # Padding comes after the tokens of a row, so the causal mask hides it.
     mask = causal_mask(jnp.ones((1, length), bool))
@@ -105,17 +111,18 @@ def prefill(model: QwenVL, ids, slots, lengths, features, controls: Controls, ro
     real = jnp.where(jnp.arange(length) < lengths[:, None], ids, logits.shape[-1])
     in_prompt = jnp.zeros(logits.shape, bool).at[jnp.arange(rows)[:, None], real].set(True, mode="drop")
     caches = [kv_cache.start(k, v, CHUNK) for k, v in kv]
-    return _begun(caches, logits, Fixed(controls, in_prompt, rotary, shift), finished)
+    return _begun(caches, logits, Fixed(controls, in_prompt, rotary, shift, adapter), finished)
 
 
 def extend(
-    model: QwenVL, ids, slots, length, features, controls: Controls, rotary, in_prompt, start, *, past: Past
+    model: QwenVL, ids, slots, length, features, controls: Controls, rotary, in_prompt, start, adapter, *, past: Past
 ) -> tuple[Past, State, Fixed, Grown]:
     """Reads the tokens [1, T] of a prompt from `start` on, where those before are in the past; else like `prefill`.
 
     length: how many of the T are tokens; start, length int32 [1]; in_prompt bool [1, V]. The past [1, N, P, H] must
     have room for all T after `start`.
     """
+    model = with_chosen(model, adapter)
     tokens = ids.shape[1]
     old = jnp.broadcast_to(jnp.arange(past.shape[1]) < start, (tokens, past.shape[1]))
     mask = jnp.concatenate([old, jnp.tril(jnp.ones((tokens, tokens), bool))], axis=1)[None]
@@ -131,7 +138,7 @@ def extend(
         kv_cache.with_recent(filled(cache.past_k, cache.recent_k), filled(cache.past_v, cache.recent_v), CHUNK)
         for cache in caches
     ]
-    fixed = Fixed(controls, in_prompt, rotary, jnp.zeros(1, jnp.int32))
+    fixed = Fixed(controls, in_prompt, rotary, jnp.zeros(1, jnp.int32), adapter)
     return _begun(caches, logits, fixed, jnp.zeros(1, bool))
 
 
@@ -204,6 +211,7 @@ def decode(
 
     stopped bool [B]: replies that have ended for a reason the model does not know.
     """
+    model = with_chosen(model, fixed.adapter)
     batch, slots = past.shape
     most = min(MOST_ALTERNATIVES, state.logits.shape[-1])
     choices = Choice(
