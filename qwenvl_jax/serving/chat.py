@@ -52,6 +52,7 @@ async def prepare(body: ChatRequest, server: Server) -> Job:
             alternatives=(body.top_logprobs or 0) if body.logprobs else None,
             picture_keys=prepared.picture_keys,
             constraint=constraint and constraint.copy(),
+            adapter=server.adapter(body.model),
         )
         for options in prompts.options(body, prepared, server)
     ]

@@ -28,6 +28,7 @@ class Model(_Response):
     created: int
     owned_by: str
     root: str
+    parent: str | None
     max_model_len: int | None
 
 
