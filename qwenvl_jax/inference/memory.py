@@ -76,7 +76,8 @@ def check_memory(generator: Generator, options: EngineOptions, available: int | 
         if plan_memory(generator, less, available).fits:
             advice = f"slots {slots}" + (" and prefixes 0" if prefixes != options.prefixes else "")
             raise UserError(f"{problem}; {advice} would fit")
-    raise UserError(f"{problem}; use a shorter max_length, weights in fewer bits (quantize), or more devices")
+    bits = "weights in fewer bits (quantize)" + (", a cache in int8" if options.cache == "model" else "")
+    raise UserError(f"{problem}; use a shorter max_length, {bits}, or more devices")
 
 
 def memory_of(device: jax.Device) -> int:
