@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Literal, get_args
 
 import jax
 import numpy as np
@@ -32,6 +33,7 @@ from qwenvl_jax.models.qwen_vl import frequencies
 STEPS_PER_TURN = 4  # decode steps between two looks at what is new
 TOKENS_PER_TURN = 512  # of prompts read in a turn while replies are waiting for their next token
 SMALLEST_CACHE = 128
+CacheForm = Literal["model", "int8"]
 logger = logging.getLogger(__name__)
 
 
@@ -43,11 +45,14 @@ class EngineOptions:
     max_length: int = 1024  # tokens of a prompt and its reply
     pictures: int = 512  # whose features are kept
     prefixes: int = 16384  # tokens of prompts whose keys and values are kept; 0 for none
+    cache: CacheForm = "model"  # form of keys and values: the model's dtype, or 8 bits, which changes replies a little
 
     def __post_init__(self):
         for name, least in (("slots", 1), ("max_length", 2), ("pictures", 1), ("prefixes", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.cache not in get_args(CacheForm):
+            raise UserError(f"cache is {self.cache!r}; it must be one of {', '.join(get_args(CacheForm))}")
 
 
 class Engine:
@@ -66,7 +71,8 @@ class Engine:
         self.last_step = time.monotonic()  # when the loop was last seen at work
         self._generator, self._table = generator, table
         prompt_sizes = _sizes(SHORTEST_BUCKET, options.max_length, between=256)
-        self._reader = PromptReader(generator, prompt_sizes, options.pictures, options.prefixes)
+        int8 = options.cache == "int8"
+        self._reader = PromptReader(generator, prompt_sizes, options.pictures, options.prefixes, int8)
         self._batch = LiveBatch(generator, _row_sizes(options.slots), _sizes(SMALLEST_CACHE, options.max_length))
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)

@@ -10,13 +10,15 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qwenvl_jax.inference.decode import Generator
 from qwenvl_jax.inference.programs import Program
 from qwenvl_jax.inference.steps import CHUNK, Fixed, Grown, Past, Rows, State
 from qwenvl_jax.nn import cache as kv_cache
+from qwenvl_jax.nn.int8_tokens import TokenArray
+
+RECENT = "recent"  # in the place of a number of slots, where the arrays are those of the recent part
 
 
 class Prefilled(NamedTuple):
@@ -156,7 +158,8 @@ class LiveBatch:
             size, count = _next(self._row_sizes, len(self.replies), rows), len(index)
             index = np.pad(index, (0, size - count))  # rows that no one has may hold anything
             recent = Past(self._state.recent_k, self._state.recent_v)
-            for_past, for_recent = (self._resize[self.size[0], slots, size, slots] for slots in (self.size[1], CHUNK))
+            for_past = self._resize[self.size[0], self.size[1], size, self.size[1]]
+            for_recent = self._resize[self.size[0], RECENT, size, RECENT]
             small, self._fixed = self._take[self.size[0], size]((_but_recent(self._state), self._fixed), index)
             recent = each(for_recent, [recent], index)
             self._past = each(for_past, [self._past], index)
@@ -175,12 +178,11 @@ class LiveBatch:
     def _sized(self, rows: int, slots: int) -> tuple[Past, State, Fixed]:
         """The shapes of a batch of this size."""
 
-        def resized(leaf, *inner):
-            return jax.ShapeDtypeStruct((rows, *(inner or leaf.shape[1:])), leaf.dtype, sharding=leaf.sharding)
+        def resized(leaf):
+            return jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)
 
-        one = self._shape
-        _, heads, _, head_dim = one.past.k[0].shape
-        return each(resized, [one.past], heads, slots, head_dim), *jax.tree.map(resized, (one.state, one.fixed))
+        past = with_slots(self._shape.past, slots)
+        return jax.tree.map(resized, past), *jax.tree.map(resized, (self._shape.state, self._shape.fixed))
 
     def _compile_rows(self, rows: int) -> list[Callable[[], None]]:
         """The programs for so many rows that do not touch the past."""
@@ -194,7 +196,7 @@ class LiveBatch:
             index = jax.ShapeDtypeStruct((other,), np.int32)
             tasks.append(partial(self._take.compile, (rows, other), ours, index))
             recent = state.recent_k[0]
-            tasks.append(partial(self._resize.compile, (rows, CHUNK, other, CHUNK), recent, index, slots=CHUNK))
+            tasks.append(partial(self._resize.compile, (rows, RECENT, other, RECENT), recent, index, slots=CHUNK))
         return tasks
 
     def _compile_size(self, rows: int, slots: int, replies: Sequence[Prefilled]) -> list[Callable[[], None]]:
@@ -225,6 +227,16 @@ def each(function: Callable[..., Any], pasts: Sequence[Past], *rest: Any) -> Pas
     return Past(*([function(*arrays, *rest) for arrays in zip(*side, strict=True)] for side in sides))
 
 
+def with_slots(past: Past, slots: int) -> Past:
+    """The shapes of a past with another number of slots."""
+
+    def resized(leaf):
+        shape = (*leaf.shape[:2], slots, *leaf.shape[3:])
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
+
+    return jax.tree.map(resized, past)
+
+
 def _but_recent(state: State) -> State:
     return state._replace(recent_k=[], recent_v=[])
 
@@ -246,20 +258,22 @@ def _neighbours(sizes: Sequence[int], size: int) -> list[int]:
 # Below: what the programs compute.
 
 
-def _place(old: jax.Array, new: jax.Array, row: jax.Array) -> jax.Array:
+def _place(old: TokenArray, new: TokenArray, row: jax.Array) -> TokenArray:
     """new [1, N, T, H] in the first slots of a row of old [R, N, S, H]."""
-    return jax.lax.dynamic_update_slice(old, new, (row, 0, 0, 0))
+
+    def placed(old, new):
+        return jax.lax.dynamic_update_slice(old, new, (row, *[0] * (old.ndim - 1)))
+
+    return jax.tree.map(placed, old, new)
 
 
-def _flush(old: jax.Array, recent: jax.Array, lengths: jax.Array, born: jax.Array) -> jax.Array:
+def _flush(old: TokenArray, recent: jax.Array, lengths: jax.Array, born: jax.Array) -> TokenArray:
     return kv_cache.flushed(old, recent, lengths, born, old.shape[2])
 
 
-def _resize(old: jax.Array, index: jax.Array, slots: int) -> jax.Array:
+def _resize(old: TokenArray, index: jax.Array, slots: int) -> TokenArray:
     """The rows int [R'] of old [R, N, S, H], with `slots` slots."""
-    rows = old[index]
-    more = slots - old.shape[2]
-    return jnp.pad(rows, ((0, 0), (0, 0), (0, more), (0, 0))) if more > 0 else rows[:, :, :slots]
+    return kv_cache.resized(_take(old, index), slots)
 
 
 def _join(ours: Any, theirs: Any, row: jax.Array) -> Any:

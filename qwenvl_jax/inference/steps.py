@@ -15,6 +15,7 @@ from qwenvl_jax.models.qwen_vl import QwenVL
 from qwenvl_jax.nn import cache as kv_cache
 from qwenvl_jax.nn.adapter_bank import with_chosen
 from qwenvl_jax.nn.attention import causal_mask
+from qwenvl_jax.nn.int8_tokens import TokenArray, quantised, stored_like
 
 CHUNK = 32  # tokens that a reply may grow by before its cache is flushed, and the most steps of one call
 MOST_ALTERNATIVES = 20  # tokens whose log-probabilities are kept beside that of the chosen one
@@ -23,8 +24,8 @@ MOST_ALTERNATIVES = 20  # tokens whose log-probabilities are kept beside that of
 class Past(NamedTuple):
     """Keys and values that decode steps only read, [B, N, S, H] per layer."""
 
-    k: list[jax.Array]
-    v: list[jax.Array]
+    k: list[TokenArray]
+    v: list[TokenArray]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -127,17 +128,19 @@ def extend(
     old = jnp.broadcast_to(jnp.arange(past.shape[1]) < start, (tokens, past.shape[1]))
     mask = jnp.concatenate([old, jnp.tril(jnp.ones((tokens, tokens), bool))], axis=1)[None]
     context = model.context(mask, start[:, None] + jnp.arange(tokens), rotary, cache_slot=jnp.int32(0))
-    caches = [kv_cache.with_recent(k, v, tokens) for k, v in zip(*past, strict=True)]
-    hidden, caches = model(model.embed(ids, features, slots), context, caches)
+    embedded = model.embed(ids, features, slots)
+    caches = [kv_cache.with_recent(k, v, tokens, embedded.dtype) for k, v in zip(*past, strict=True)]
+    hidden, caches = model(embedded, context, caches)
     logits = model.logits(hidden[jnp.arange(1), length - 1])
 
     def filled(old, new):
-        return jax.lax.dynamic_update_slice_in_dim(old, new, start[0], axis=2)
+        def written(old, new):
+            return jax.lax.dynamic_update_slice_in_dim(old, new, start[0], axis=2)
 
-    caches = [
-        kv_cache.with_recent(filled(cache.past_k, cache.recent_k), filled(cache.past_v, cache.recent_v), CHUNK)
-        for cache in caches
-    ]
+        return jax.tree.map(written, old, stored_like(old, new))
+
+    pasts = [(filled(cache.past_k, cache.recent_k), filled(cache.past_v, cache.recent_v)) for cache in caches]
+    caches = [kv_cache.with_recent(k, v, CHUNK, embedded.dtype) for k, v in pasts]
     fixed = Fixed(controls, in_prompt, rotary, jnp.zeros(1, jnp.int32), adapter)
     return _begun(caches, logits, fixed, jnp.zeros(1, bool))
 
@@ -248,6 +251,12 @@ def flush(past: Past, recent_k, recent_v, rows: Rows, slots: int) -> Past:
     layers = zip(past.k, past.v, recent_k, recent_v, strict=True)
     caches = [kv_cache.flush(kv_cache.LayerCache(*layer), rows.lengths, rows.born, slots) for layer in layers]
     return Past([cache.past_k for cache in caches], [cache.past_v for cache in caches])
+
+
+def in_int8(past: tuple[list[jax.Array], list[jax.Array]]) -> Past:
+    """A past in 8 bits."""
+    k, v = past
+    return Past([quantised(tokens) for tokens in k], [quantised(tokens) for tokens in v])
 
 
 def all_logits(model: QwenVL, ids, slots, lengths, features, valid, rotary) -> jax.Array:
