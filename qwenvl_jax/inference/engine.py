@@ -282,6 +282,8 @@ class Engine:
                 self._fail([reply], repr(error))
             if reply.finished:
                 self._batch.drop(reply)
+        if np.any(grown.broken):
+            self._batch.clear()
 
     def _fail(self, replies: Sequence[Reply | None], error: str) -> None:
         for reply in replies:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qwenvl_jax.inference.decode import Generator
@@ -42,6 +43,7 @@ class LiveBatch:
         self._join = Program(_join, counter, donate_argnums=0)
         self._take = Program(_take, counter)
         self._allow = Program(_join, counter, donate_argnums=0)
+        self._clear = Program(_clear, counter, donate_argnums=0)
 
     def compile(self, replies: dict[int, Prefilled]) -> list[Callable[[], None]]:
         """What compiles all programs. replies: the shapes of a prefilled reply, by its number of slots T."""
@@ -111,6 +113,13 @@ class LiveBatch:
         row = self.replies.index(reply)
         self.replies[row], self._lengths[row], self._born[row] = None, 0, 0
 
+    def clear(self) -> None:
+        """Sets to zero what no reply has any more: no mask hides what is no number."""
+        live = self.live
+        self._past = each(self._clear[self.size], [self._past], live)
+        recent = each(self._clear[self.size[0], RECENT], [Past(self._state.recent_k, self._state.recent_v)], live)
+        self._state = self._state._replace(recent_k=recent.k, recent_v=recent.v)
+
     def decode(self, steps: int) -> tuple[Grown, list[Any], int]:
         """At most `steps` more tokens of every reply: in the slots from the last number on, for the replies listed."""
         self._fit()
@@ -156,7 +165,7 @@ class LiveBatch:
         while len(self.replies) != rows:
             index = np.flatnonzero(self.live).astype(np.int32)
             size, count = _next(self._row_sizes, len(self.replies), rows), len(index)
-            index = np.pad(index, (0, size - count))  # rows that no one has may hold anything
+            index = np.pad(index, (0, size - count), constant_values=-1)
             recent = Past(self._state.recent_k, self._state.recent_v)
             for_past = self._resize[self.size[0], self.size[1], size, self.size[1]]
             for_recent = self._resize[self.size[0], RECENT, size, RECENT]
@@ -164,8 +173,7 @@ class LiveBatch:
             recent = each(for_recent, [recent], index)
             self._past = each(for_past, [self._past], index)
             self._state = small._replace(recent_k=recent.k, recent_v=recent.v)
-            self._lengths, self._born = self._lengths[index], self._born[index]
-            self._lengths[count:] = self._born[count:] = 0
+            self._lengths, self._born = (np.where(index < 0, 0, old[index]) for old in (self._lengths, self._born))
             self.replies = [reply for reply in self.replies if reply is not None] + [None] * (size - count)
 
     def _to_slots(self, slots: int) -> None:
@@ -190,6 +198,8 @@ class LiveBatch:
         ours, theirs = (_but_recent(state), fixed), (_but_recent(self._shape.state), self._shape.fixed)
         row = jax.ShapeDtypeStruct((), np.int32)
         tasks: list[Callable[[], None]] = [partial(self._join.compile, rows, ours, theirs, row)]
+        flags = jax.ShapeDtypeStruct((rows,), bool)
+        tasks.append(partial(self._clear.compile, (rows, RECENT), state.recent_k[0], flags))
         allowed = (each_row.controls.allowed for each_row in (fixed, self._shape.fixed))
         tasks.append(partial(self._allow.compile, rows, *allowed, row))
         for other in _neighbours(self._row_sizes, rows):
@@ -207,6 +217,7 @@ class LiveBatch:
 
         def moves() -> None:
             self._flush.compile((rows, slots), array, state.recent_k[0], places, places)
+            self._clear.compile((rows, slots), array, flags)
             for reply in replies:
                 self._place.compile((rows, slots, reply.past.shape[1]), array, reply.past.k[0], number)
             for other in _neighbours(self._row_sizes, rows):
@@ -282,4 +293,12 @@ def _join(ours: Any, theirs: Any, row: jax.Array) -> Any:
 
 
 def _take(ours: Any, index: jax.Array) -> Any:
-    return jax.tree.map(lambda old: old[index], ours)
+    """The rows int [R'] of arrays [R, ...]; -1 is a row of zeros."""
+    return _clear(jax.tree.map(lambda old: old[index], ours), index >= 0)
+
+
+def _clear(ours: Any, live: jax.Array) -> Any:
+    """Arrays [R, ...] with zeros in the rows that are not live (bool [R])."""
+    return jax.tree.map(
+        lambda old: jnp.where(jnp.expand_dims(live, range(1, old.ndim)), old, jnp.zeros_like(old)), ours
+    )

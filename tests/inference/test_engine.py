@@ -193,6 +193,17 @@ def test_who_is_cancelled_hears_nothing_and_the_others_do_not_notice(engine, gen
     assert not any(listening.ended.is_set() for listening, _ in gone)
 
 
+def test_a_row_is_clean_after_a_reply_that_was_no_numbers(engine, generator):
+    """The next one in it is shorter, so that it does not write over all that was there."""
+    option = SamplingOptions(max_new_tokens=40)
+    for seed in range(3):
+        broken = picture_prompt(120, seed=seed + 40, pictures=2)
+        broken.pixels[:] = np.nan
+        assert ask(engine, broken, option).last.finish_reason == "error"
+        prompt = text_prompt(20, seed)
+        assert [ask(engine, prompt, option).text] == texts(run(generator, [prompt], option))
+
+
 def test_logits_that_are_no_numbers_end_their_own_reply(engine, generator):
     prompt = text_prompt(30)
     broken = picture_prompt(20, seed=1)
