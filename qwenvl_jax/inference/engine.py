@@ -68,7 +68,7 @@ class Engine:
         if options.max_length > most:
             raise UserError(f"max_length is {options.max_length}; the model has {most} positions")
         self.max_length = options.max_length
-        self.last_step = time.monotonic()  # when the loop was last seen at work
+        self.last_step = time.monotonic()  # when the loop was last seen at work, or got some
         self._generator, self._table = generator, table
         prompt_sizes = _sizes(SHORTEST_BUCKET, options.max_length, between=256)
         int8 = options.cache == "int8"
@@ -78,6 +78,7 @@ class Engine:
         self._wake = threading.Condition(self._lock)
         self._waiting: deque[Reply] = deque()
         self._stopping = False
+        self._resting = True  # there was nothing to do
         self._unread: deque[_Report] = deque()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -132,6 +133,9 @@ class Engine:
         with self._wake:
             if self._stopping or (self._thread.ident is not None and not self._thread.is_alive()):
                 raise RuntimeError("the engine has stopped")
+            if self._resting:
+                self._resting = False
+                self.last_step = time.monotonic()  # a rest is no standstill
             self._waiting.append(reply)
             self._wake.notify()
         return reply
@@ -191,6 +195,7 @@ class Engine:
         while True:
             with self._wake:
                 while not (self._waiting or self._unread or self._batch.live.any() or self._stopping):
+                    self._resting = True
                     self._wake.wait()
                 if self._stopping:
                     break

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 from qwenvl_jax.config import UserError
 
 if TYPE_CHECKING:
+    from qwenvl_jax.inference.engine import EngineOptions
     from qwenvl_jax.serving.replies import Engine
     from qwenvl_jax.serving.settings import Settings
     from qwenvl_jax.vlm import VLM
@@ -63,6 +64,13 @@ def parser() -> argparse.ArgumentParser:
     add("--quantize", choices=("int8", "int4", "nf4"), help="keep the language model's weights in 8 or 4 bits")
     add("--slots", type=_positive, default=8, help="replies that are generated at one time (8)")
     add("--max-model-len", metavar="TOKENS", type=_positive, help="prompt and reply together (default: seq_length)")
+    add(
+        "--prefixes",
+        metavar="TOKENS",
+        type=_whole,
+        default=16384,
+        help="of beginnings of prompts that are kept (16384)",
+    )
     add = made.add_argument_group("the address").add_argument
     add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     add("--port", type=_port, default=8000, help="port to listen on; 0 takes a free one (8000)")
@@ -81,7 +89,9 @@ def parser() -> argparse.ArgumentParser:
     add("--allowed-host", metavar="HOST", action="append", default=[], help="fetch from there only; may be repeated")
     add("--request-timeout", metavar="SECONDS", type=_seconds, default=600, help="for a whole answer (600)")
     add("--drain-seconds", metavar="SECONDS", type=_seconds, default=30, help="for answers under way at SIGTERM (30)")
-    add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    add(
+        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="least that is logged (info)"
+    )
     return made
 
 
@@ -128,7 +138,7 @@ def build(options: argparse.Namespace, say: Callable[[str], None]) -> "tuple[VLM
     import jax
 
     import qwenvl_jax
-    from qwenvl_jax.inference.engine import Engine, EngineOptions
+    from qwenvl_jax.inference.engine import Engine
     from qwenvl_jax.inference.memory import check_memory, described
     from qwenvl_jax.inference.text import token_bytes
 
@@ -139,7 +149,7 @@ def build(options: argparse.Namespace, say: Callable[[str], None]) -> "tuple[VLM
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # There are many small programs, too, and all of them are wanted again at the next start.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    sizes = EngineOptions(slots=options.slots, max_length=max_length(options, vlm))
+    sizes = engine_options(options, vlm)
     say(described(check_memory(vlm.generator, sizes), sizes))
     engine = Engine(vlm.generator, token_bytes(vlm.processor.tokenizer), sizes)
 
@@ -150,6 +160,13 @@ def build(options: argparse.Namespace, say: Callable[[str], None]) -> "tuple[VLM
     engine.warm_up(progress)
     engine.start()
     return vlm, engine
+
+
+def engine_options(options: argparse.Namespace, vlm: "VLM") -> "EngineOptions":
+    """What the engine keeps in memory. Raises UserError."""
+    from qwenvl_jax.inference.engine import EngineOptions
+
+    return EngineOptions(options.slots, max_length(options, vlm), prefixes=options.prefixes)
 
 
 def max_length(options: argparse.Namespace, vlm: "VLM") -> int:

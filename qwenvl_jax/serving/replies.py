@@ -28,7 +28,7 @@ class Engine(Protocol):
     @property
     def waiting(self) -> int: ...  # requests submitted before, and not yet running
     @property
-    def last_step(self) -> float: ...  # time.monotonic() of the last turn of its loop
+    def last_step(self) -> float: ...  # time.monotonic() of its loop's last turn, or since when it has work
     @property
     def alive(self) -> bool: ...
     @property

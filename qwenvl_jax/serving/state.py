@@ -77,11 +77,14 @@ class Server:
         engine = self._engine
         if engine is not None and not engine.alive:
             return "dead"
-        if engine is not None and engine.running and time.monotonic() - engine.last_step > self.settings.stall_seconds:
+        if engine is not None and (engine.running or engine.waiting) and self._stands_still(engine):
             return "stuck"
         if self.draining:
             return "draining"
         return "loading" if engine is None else "ready"
+
+    def _stands_still(self, engine: Engine) -> bool:
+        return time.monotonic() - engine.last_step > self.settings.stall_seconds
 
     async def with_pictures(self, function: Callable[..., T], *arguments: Any) -> T:
         """`function(*arguments)` in a thread for pictures."""

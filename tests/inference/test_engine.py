@@ -1,5 +1,6 @@
 """The engine: a request gets what it gets alone, whoever shares the batch; nothing is compiled, lost or left over."""
 
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -255,3 +256,20 @@ def test_stopping_ends_what_is_in_progress_in_an_error(small_model):
     assert replies[-1].last.error == "the engine was stopped"
     with pytest.raises(RuntimeError, match="stopped"):
         ask(engine, text_prompt(10))
+
+
+def test_a_rest_is_no_standstill(engine):
+    """Who watches the last step sees it stand still from when there is work, and not from the end of the last work."""
+    engine.last_step -= 100
+    before = time.monotonic()
+    reply = ask(engine, text_prompt(10), SamplingOptions(max_new_tokens=1))
+    assert engine.last_step >= before
+    assert reply.ended.wait(60)
+
+
+def test_work_that_is_not_begun_lets_the_last_step_stand(small_model):
+    engine = Engine(Generator(small_model), TABLE, EngineOptions(slots=1, max_length=128))
+    ask(engine, text_prompt(10))
+    begun = engine.last_step
+    ask(engine, text_prompt(10))
+    assert (engine.last_step, engine.waiting) == (begun, 2)

@@ -9,6 +9,7 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -17,8 +18,9 @@ from qwenvl_jax.inference.generate import Generation
 from qwenvl_jax.inference.requests import Listener, Request, TokenChoice, Update
 from qwenvl_jax.inference.text import TextStream, token_bytes
 from qwenvl_jax.serving import cli, run
+from qwenvl_jax.serving.settings import Settings
 
-BREAKS, DIES, STALLS, SLOW, PAUSES = 9001, 9002, 9003, 9004, 9005  # seeds
+BREAKS, DIES, STALLS, SLOW, PAUSES, BLOCKS = 9001, 9002, 9003, 9004, 9005, 9006  # seeds
 TOKENS_BEFORE_A_FAULT = 3
 SLOW_SECONDS = 0.1  # for a token
 
@@ -64,6 +66,8 @@ class SimpleEngine:
 
     def submit(self, request: Request, listener: Listener) -> Ticket:
         ticket = Ticket(request, listener)
+        if not self._tickets:
+            self.last_step = time.monotonic()
         self._tickets.add(ticket)
         self._queue.put(ticket)
         return ticket
@@ -74,6 +78,8 @@ class SimpleEngine:
     def _run(self) -> None:
         while (ticket := self._queue.get()) is not None:
             self.last_step = time.monotonic()
+            if ticket.request.options.seed == BLOCKS:
+                time.sleep(3600)
             self.running = 1
             try:
                 if not ticket.cancelled:
@@ -133,7 +139,8 @@ def choice(logits: np.ndarray, token: int, alternatives: int) -> TokenChoice:
     return TokenChoice(token, float(logprobs[token]), tuple((int(other), float(logprobs[other])) for other in best))
 
 
-def main() -> int:
+def main(change: Callable[[Settings], Settings] = lambda settings: settings) -> int:
+    """Serves until a signal comes. change: of what the options say."""
     parser = cli.parser()
     parser.add_argument("--loading-seconds", type=float, default=0)
     parser.add_argument("--stall-seconds", type=float, default=60)
@@ -146,7 +153,8 @@ def main() -> int:
         engine.start()
         return vlm, engine
 
-    settings = dataclasses.replace(cli.settings(options), ping_seconds=0.3, stall_seconds=options.stall_seconds)
+    settings = change(cli.settings(options))
+    settings = dataclasses.replace(settings, ping_seconds=0.3, stall_seconds=options.stall_seconds)
     with cli.listen(options.host, options.port) as listening:
         return run.serve(settings, listening, build, options.log_level)
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from serving.conftest import KEY
 from serving.process import REAL, REPOSITORY, ServerProcess, chat, check_error, encoded, user
-from serving.simple_engine import DIES, SLOW, STALLS
+from serving.simple_engine import BLOCKS, DIES, SLOW, STALLS
 
 PATH = "/v1/chat/completions"
 
@@ -224,13 +224,14 @@ def test_an_engine_that_dies():
         assert response.headers["x-should-retry"] == "false"
 
 
-def test_an_engine_that_hangs():
+@pytest.mark.parametrize("seed", [STALLS, BLOCKS], ids=["in a reply", "before it"])
+def test_an_engine_that_hangs(seed):
     with (
         ServerProcess("--request-timeout", "6", "--stall-seconds", "1") as server,
         concurrent.futures.ThreadPoolExecutor(1) as pool,
     ):
         server.client.post(PATH, json=chat(max_tokens=1))
-        answer = pool.submit(server.client.post, PATH, json=chat(seed=STALLS, ignore_eos=True))
+        answer = pool.submit(server.client.post, PATH, json=chat(seed=seed, ignore_eos=True))
         end = time.monotonic() + 10
         while server.client.get("/health").status_code == 200:
             assert time.monotonic() < end
