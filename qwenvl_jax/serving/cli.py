@@ -65,6 +65,12 @@ def parser() -> argparse.ArgumentParser:
     add("--slots", type=_positive, default=8, help="replies that are generated at one time (8)")
     add("--max-model-len", metavar="TOKENS", type=_positive, help="prompt and reply together (default: seq_length)")
     add(
+        "--kv-cache",
+        choices=("model", "int8"),
+        default="model",
+        help="keys and values as the model computes them, or in half the memory (model)",
+    )
+    add(
         "--prefixes",
         metavar="TOKENS",
         type=_whole,
@@ -166,7 +172,7 @@ def engine_options(options: argparse.Namespace, vlm: "VLM") -> "EngineOptions":
     """What the engine keeps in memory. Raises UserError."""
     from qwenvl_jax.inference.engine import EngineOptions
 
-    return EngineOptions(options.slots, max_length(options, vlm), prefixes=options.prefixes)
+    return EngineOptions(options.slots, max_length(options, vlm), prefixes=options.prefixes, cache=options.kv_cache)
 
 
 def max_length(options: argparse.Namespace, vlm: "VLM") -> int:
