@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
+from qwenvl_jax.checkpoints.adapter_bank import load_adapters
 from qwenvl_jax.checkpoints.folder import GENERATION_CONFIG, locate, read_config, small_files
 from qwenvl_jax.checkpoints.huggingface import load_model
 from qwenvl_jax.checkpoints.peft import load_adapter
@@ -272,6 +273,7 @@ def load(
     quantize: str | None = None,
     mesh: Mesh | None = None,
     adapter: str | os.PathLike | None = None,
+    adapters: Mapping[str, str | os.PathLike] | None = None,
     allow_url: bool = False,
     image_mode: Literal["default", "reference"] = "default",
 ) -> VLM:
@@ -283,6 +285,8 @@ def load(
     folder that is quantised (GPTQ) is recognised without.
     mesh: devices over which the parameters are split (see sharding.py); by default one.
     adapter: a folder in PEFT's format whose adapter is active, unmerged; see checkpoints/peft.py.
+    adapters: such folders by name, from which each request to an engine chooses (inference/requests.py); all else that
+    a VLM does is the base model's.
     allow_url: whether messages may name pictures by http(s) URL.
     image_mode: "reference" reads pictures exactly as the original does, which ignores EXIF and drops transparency.
     Raises UserError when there is no such checkpoint or its files do not belong together.
@@ -301,6 +305,7 @@ def load(
     model = load_model(folder, dtype=dtype, mesh=mesh, quantize=quantize)
     if adapter is not None:
         model = load_adapter(model, os.fspath(adapter), mesh=mesh)
+    model = load_adapters(model, adapters or {}, mesh=mesh)
     try:
         return VLM(
             model, processor, small_files(folder, None if adapter is None else os.fspath(adapter))["generation_config"]

@@ -13,9 +13,10 @@ import pytest
 from qwenvl_jax.checkpoints.folder import locate
 from qwenvl_jax.checkpoints.huggingface import load_model
 from qwenvl_jax.data.record_batches import BatchRecipe
+from qwenvl_jax.inference import slots
 from qwenvl_jax.inference.decode import Generator
 from qwenvl_jax.inference.sampling import SamplingOptions, controls
-from qwenvl_jax.inference.steps import Rows
+from qwenvl_jax.inference.steps import Rows, in_int8
 from qwenvl_jax.models.qwen_vl import frequencies
 from qwenvl_jax.nn.lora import LoraRecipe
 from qwenvl_jax.processing.template import Prompt
@@ -73,6 +74,10 @@ def test_encoding_prefill_and_decoding(quantize):
     assert lowered(generator._prefill.jitted, generator.leaves, *prompt).platforms == PLATFORMS
 
     past, state, fixed, _ = jax.eval_shape(lambda: generator.prefill(batch, wanted))
-    steps = (past, fixed, Rows(batch.lengths, one), np.int32(0), np.int32(8), np.zeros(1, bool))
-    found = lowered(generator._decode.jitted, generator.leaves, *steps, state=state)
-    assert found.platforms == PLATFORMS
+    int8 = jax.eval_shape(in_int8, past)
+    for kept in (past, int8):
+        steps = (kept, fixed, Rows(batch.lengths, one), np.int32(0), np.int32(8), np.zeros(1, bool))
+        found = lowered(generator._decode.jitted, generator.leaves, *steps, state=state)
+        assert found.platforms == PLATFORMS
+    assert lowered(jax.jit(in_int8), past).platforms == PLATFORMS
+    assert lowered(jax.jit(slots._flush), int8.k[0], state.recent_k[0], one, one).platforms == PLATFORMS

@@ -1,11 +1,15 @@
-"""What tests of weights share: comparing them bit by bit, and a checkpoint that is large and takes no room."""
+"""What tests of weights share: comparing them bit by bit, adapters that are as if trained, and folders to load."""
 
 import json
 import math
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from qwenvl_jax.checkpoints.adapters import add_adapters, trainable_paths
 from qwenvl_jax.checkpoints.huggingface import checkpoint_tensors
 from qwenvl_jax.checkpoints.tensor_files import FolderTensors, SafetensorsFile, write_safetensors
 from qwenvl_jax.config import QwenVLConfig
@@ -24,6 +28,18 @@ def assert_same(model, other):
     for path, leaf in left.items():
         assert leaf.dtype == right[path].dtype, path
         np.testing.assert_array_equal(bits(leaf), bits(right[path]), err_msg=path)
+
+
+def trained(model, recipe, seed: int = 0):
+    """New adapters with random values in all that training would change."""
+    adapted = add_adapters(model, recipe, nnx.Rngs(0))
+    random = np.random.default_rng(seed)
+    moving, leaves = trainable_paths(adapted, recipe), param_paths(adapted)
+    values = [
+        leaf + jnp.asarray(0.1 * random.standard_normal(leaf.shape), leaf.dtype) if path in moving else leaf
+        for path, leaf in leaves.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(adapted), values)
 
 
 def folder_tensors(folder: Path, file: str | None = None) -> dict[str, np.ndarray]:

@@ -148,7 +148,7 @@ def add_adapters(model: QwenVL, recipe: LoraRecipe, rngs: nnx.Rngs | None) -> Qw
         raise UserError("the model has adapters already; merge them first")
     model = copy(model)
     for site in wanted:
-        parent, in_list = _parent(model, site)
+        parent, in_list = parent_of(model, site)
         name = site.path.rpartition(".")[2]
         if isinstance(getattr(parent, name), AdaptedLinear):
             continue  # the first layer of a stack has brought all of them
@@ -158,7 +158,7 @@ def add_adapters(model: QwenVL, recipe: LoraRecipe, rngs: nnx.Rngs | None) -> Qw
     return model
 
 
-def _parent(model: QwenVL, site: Site) -> tuple[Any, bool]:
+def parent_of(model: QwenVL, site: Site) -> tuple[Any, bool]:
     """The module that holds the linear map, and whether its layers are a list."""
     here: Any = model
     in_list = False

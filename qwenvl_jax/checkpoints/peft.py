@@ -6,7 +6,7 @@ What we write PEFT reads, but for a key of our own in the settings, the fingerpr
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -61,6 +61,29 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
+class AdapterFile(NamedTuple):
+    """The tensors of an adapter folder, and what each is called in its file."""
+
+    recipe: LoraRecipe
+    file: SafetensorsFile | TorchFile
+    sources: dict[Tensor, str]
+
+    def read(self, tensor: Tensor) -> np.ndarray:
+        """A tensor as its parameter has it, of one layer."""
+        return tensor.to_parameter(self.file.read(self.sources[tensor]))
+
+
+def open_adapter(model: QwenVL, folder: str | Path) -> AdapterFile:
+    """A folder, checked against its base model, which has no adapters yet. Raises UserError as `load_adapter` does."""
+    folder = Path(folder).expanduser()
+    settings = _read_settings(folder)
+    recipe = recipe_of(settings, model.config, folder / SETTINGS)
+    file = _open_weights(folder)
+    sources = _check_tensors(file, model.config, recipe)
+    _check_base(model, recipe, settings, folder)
+    return AdapterFile(recipe, file, sources)
+
+
 def load_adapter(
     model: QwenVL, folder: str | Path, *, mesh: Mesh | None = None, rules: ShardingRules | None = None
 ) -> QwenVL:
@@ -70,22 +93,17 @@ def load_adapter(
     incomplete or damaged, holds other tensors than its settings say, or is of another base model: by the fingerprint
     where the folder has one (what `save_adapter` wrote), and by the shapes in any case.
     """
-    folder = Path(folder).expanduser()
-    settings = _read_settings(folder)
-    recipe = recipe_of(settings, model.config, folder / SETTINGS)
-    adapted = add_adapters(model, recipe, rngs=None)
-    file = _open_weights(folder)
-    sources = _check_tensors(file, model.config, recipe)
-    _check_base(model, recipe, settings, folder)
+    opened = open_adapter(model, folder)
+    adapted = add_adapters(model, opened.recipe, rngs=None)
     shardings = {} if mesh is None else param_paths(param_shardings(adapted, mesh, rules))
     parameters = Parameters(adapted)
     parts: dict[str, list[Tensor]] = {}
-    for tensor in sources:
+    for tensor in opened.sources:
         parts.setdefault(parameters.get(tensor)[0], []).append(tensor)
     leaves = dict(parameters.leaves)
     for path, tensors in parts.items():
         old = leaves[path]
-        values = [tensor.to_parameter(file.read(sources[tensor])) for tensor in tensors]
+        values = [opened.read(tensor) for tensor in tensors]
         value = (np.stack(values) if old.ndim > values[0].ndim else values[0]).astype(old.dtype)
         leaves[path] = jax.device_put(value, shardings.get(path, old.sharding))
     return jax.tree.unflatten(jax.tree.structure(adapted), [leaves[path] for path in parameters.leaves])

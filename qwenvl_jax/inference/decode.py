@@ -21,6 +21,7 @@ from qwenvl_jax.inference.programs import Counter, Program
 from qwenvl_jax.inference.sampling import Controls, SamplingOptions, controls
 from qwenvl_jax.inference.steps import Fixed, Grown, Past, Rows, State
 from qwenvl_jax.models.qwen_vl import QwenVL, frequencies, unstack
+from qwenvl_jax.nn.adapter_bank import banked_linears
 from qwenvl_jax.processing.template import Prompt
 
 SHORTEST_BUCKET = 64
@@ -55,7 +56,10 @@ class Batch(NamedTuple):
 
 
 class Generator:
-    """A model ready for inference. `programs` counts those compiled so far. Threads may share it."""
+    """A model ready for inference. `programs` counts those compiled so far. Threads may share it.
+
+    adapters: how many it has to choose from; adapts_pictures: whether any of them changes how pictures are encoded.
+    """
 
     def __init__(self, model: QwenVL):
         self.config = model.config
@@ -74,6 +78,9 @@ class Generator:
     def load(self, model: QwenVL) -> None:
         """Goes on with the weights of another model of the same shapes and types, by the programs compiled so far."""
         self.leaves, self._structure = jax.tree.flatten(unstack(model))
+        banks = banked_linears(model)
+        self.adapters = next((bank.adapters for bank in banks.values()), 0)
+        self.adapts_pictures = any(path[0] == "visual" for path in banks)
 
     def unload(self) -> None:
         """Lets go of the weights, for a loop that trains them; `load` brings the next ones."""
@@ -138,12 +145,18 @@ class Generator:
         return Batch(ids, slots, np.array(lengths, np.int32), features)
 
     def prefill(
-        self, batch: Batch, controls: Controls, shift: np.ndarray | None = None, rotary: np.ndarray | None = None
+        self,
+        batch: Batch,
+        controls: Controls,
+        shift: np.ndarray | None = None,
+        rotary: np.ndarray | None = None,
+        adapter: np.ndarray | None = None,
     ) -> tuple[Past, State, Fixed, Grown]:
         """Reads the prompts and chooses the first token of each reply.
 
         Rows past the number of rows in `controls` count as finished. shift int [B] and rotary float32 [B, R / 2] set
-        the first position and the frequencies of each row, which otherwise come from its own length.
+        the first position and the frequencies of each row, which otherwise come from its own length. adapter int32 [B]:
+        the adapter of each row and its reply, 0 for none; None where no row has one.
         """
         rows = len(batch.lengths)
         shift = np.zeros(rows, np.int32) if shift is None else _rows(shift, rows).astype(np.int32)
@@ -151,7 +164,7 @@ class Generator:
         finished = np.arange(rows) >= len(controls.temperature)
         padded = jax.tree.map(lambda values: _rows(values, rows), controls)
         with self._lock:
-            return self._prefill[batch.shape](self.leaves, *batch, padded, rotary, shift, finished)
+            return self._prefill[batch.shape](self.leaves, *batch, padded, rotary, shift, finished, adapter)
 
     def decode(
         self, past: Past, state: State, fixed: Fixed, rows: Rows, used: int, steps: int, stopped: np.ndarray
@@ -166,6 +179,10 @@ class Generator:
                 self.leaves, past, fixed, rows, np.int32(used), np.int32(used + steps), stopped, state=state
             )
 
+    def chosen(self, adapter: int) -> np.ndarray | None:
+        """int32 [1], the number of an adapter for a call of one row; None where there are none to choose from."""
+        return np.array([adapter], np.int32) if self.adapters else None
+
     def compile_prefill(self, length: int, pictures: int) -> tuple[Past, State, Fixed, Grown]:
         """Compiles the prefill of one prompt of `length` tokens; returns the shapes of what it gives."""
         number = jax.ShapeDtypeStruct((1,), np.int32)
@@ -173,7 +190,8 @@ class Generator:
         features = self.features(pictures)
         rotary = frequencies(self.config, [1])
         options = controls([SamplingOptions()], [], self.config.vocab_size)
-        arguments = (ids, ids, number, features, options, rotary, number, jax.ShapeDtypeStruct((1,), bool))
+        finished = jax.ShapeDtypeStruct((1,), bool)
+        arguments = (ids, ids, number, features, options, rotary, number, finished, self.chosen(0))
         self._prefill.compile((1, length, pictures), self.leaves, *arguments)
         return jax.eval_shape(self._prefill.jitted, self.leaves, *arguments)
 

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Literal, get_args
 
 import jax
 import numpy as np
@@ -32,6 +33,7 @@ from qwenvl_jax.models.qwen_vl import frequencies
 STEPS_PER_TURN = 4  # decode steps between two looks at what is new
 TOKENS_PER_TURN = 512  # of prompts read in a turn while replies are waiting for their next token
 SMALLEST_CACHE = 128
+CacheForm = Literal["model", "int8"]
 logger = logging.getLogger(__name__)
 
 
@@ -43,11 +45,14 @@ class EngineOptions:
     max_length: int = 1024  # tokens of a prompt and its reply
     pictures: int = 512  # whose features are kept
     prefixes: int = 16384  # tokens of prompts whose keys and values are kept; 0 for none
+    cache: CacheForm = "model"  # form of keys and values: the model's dtype, or 8 bits, which changes replies a little
 
     def __post_init__(self):
         for name, least in (("slots", 1), ("max_length", 2), ("pictures", 1), ("prefixes", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.cache not in get_args(CacheForm):
+            raise UserError(f"cache is {self.cache!r}; it must be one of {', '.join(get_args(CacheForm))}")
 
 
 class Engine:
@@ -66,7 +71,8 @@ class Engine:
         self.last_step = time.monotonic()  # when the loop was last seen at work, or got some
         self._generator, self._table = generator, table
         prompt_sizes = _sizes(SHORTEST_BUCKET, options.max_length, between=256)
-        self._reader = PromptReader(generator, prompt_sizes, options.pictures, options.prefixes)
+        int8 = options.cache == "int8"
+        self._reader = PromptReader(generator, prompt_sizes, options.pictures, options.prefixes, int8)
         self._batch = LiveBatch(generator, _row_sizes(options.slots), _sizes(SMALLEST_CACHE, options.max_length))
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
@@ -98,26 +104,31 @@ class Engine:
     def submit(self, request: Request, listener: Listener) -> Reply:
         """Queues a request. Its listener is called in the engine's thread, and must not wait.
 
-        Raises UserError for a prompt that leaves no room for a reply or has more pictures than tokens for them.
+        Raises UserError for a prompt that leaves no room for a reply, and for an adapter that there is not.
         """
+        generator = self._generator
         length = len(request.prompt.input_ids)
         if not 0 < length < self.max_length:
             raise UserError(f"the prompt has {length} tokens; 1 to {self.max_length - 1} are possible")
+        if not 0 <= request.adapter <= generator.adapters:
+            raise UserError(f"adapter is {request.adapter}; the model has {generator.adapters}, and 0 is for none")
         most = min(request.options.max_new_tokens, self.max_length - length)
         option = dataclasses.replace(
             request.options, max_new_tokens=most, min_new_tokens=min(request.options.min_new_tokens, most)
         )
         request = dataclasses.replace(request, options=option)
-        vocabulary = self._generator.config.vocab_size
+        vocabulary = generator.config.vocab_size
         allowed = None if request.constraint is None else request.constraint.allowed()
         logprobs = request.alternatives is not None
         chosen = controls([option], request.stop_ids, vocabulary, logprobs=logprobs, allowed=allowed)
         if len(request.picture_keys) != len(request.prompt.pixels):
             keys = tuple(hashlib.sha256(picture.tobytes()).digest() for picture in request.prompt.pixels)
             request = dataclasses.replace(request, picture_keys=keys)
-        config = self._generator.config
-        rotary = frequencies(config, [length])
-        blocks = block_digests(request.prompt, request.picture_keys, rotary, config.visual.n_queries)
+        if generator.adapts_pictures:  # the same pixels have other features
+            keys = tuple(key + request.adapter.to_bytes(4) for key in request.picture_keys)
+            request = dataclasses.replace(request, picture_keys=keys)
+        rotary, queries = frequencies(generator.config, [length]), generator.config.visual.n_queries
+        blocks = block_digests(request.prompt, request.picture_keys, rotary, request.adapter, queries)
         reply = Reply(request, listener, chosen, blocks, self._table)
         with self._wake:
             if self._stopping or (self._thread.ident is not None and not self._thread.is_alive()):
@@ -276,6 +287,8 @@ class Engine:
                 self._fail([reply], repr(error))
             if reply.finished:
                 self._batch.drop(reply)
+        if np.any(grown.broken):
+            self._batch.clear()
 
     def _fail(self, replies: Sequence[Reply | None], error: str) -> None:
         for reply in replies:

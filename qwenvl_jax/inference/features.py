@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 
 from qwenvl_jax.inference.decode import Generator
 from qwenvl_jax.models.qwen_vl import QwenVL
+from qwenvl_jax.nn.adapter_bank import with_chosen
 
 AT_ONCE = (4, 1)  # pictures encoded by one call: more would keep the decode steps of others waiting
 
@@ -32,11 +34,11 @@ class PictureFeatures:
         """What compiles all programs, for stacks of these numbers of pictures."""
         generator = self._generator
         shapes = {count: generator.pixels(count) for count in AT_ONCE}
-        one = jax.eval_shape(self._encode.jitted, generator.leaves, shapes[1])[0]
+        one = jax.eval_shape(self._encode.jitted, generator.leaves, shapes[1], self._chosen(0))[0]
         self._nothing = self._nothing.astype(one.dtype)
         return [
-            *(lambda count=count: self._encode.compile(count, generator.leaves, shapes[count]) for count in AT_ONCE),
-            *(lambda count=count: self._stack.compile(count, generator.leaves, [one] * count) for count in pictures),
+            *(partial(self._encode.compile, n, generator.leaves, shapes[n], self._chosen(0)) for n in AT_ONCE),
+            *(partial(self._stack.compile, n, generator.leaves, [one] * n) for n in pictures),
         ]
 
     def missing(self, keys: Sequence[bytes]) -> list[int]:
@@ -44,13 +46,19 @@ class PictureFeatures:
         first = {key: place for place, key in reversed(list(enumerate(keys)))}
         return sorted(place for key, place in first.items() if key not in self._kept)
 
-    def encode(self, keys: Sequence[bytes], pixels: np.ndarray) -> None:
-        """Encodes pictures, float32 [I, 3, S, S] with I at most AT_ONCE[0], and keeps their features."""
+    def encode(self, keys: Sequence[bytes], pixels: np.ndarray, adapter: int) -> None:
+        """Encodes pictures, float32 [I, 3, S, S] with I at most AT_ONCE[0], and keeps their features.
+
+        adapter: the number of the one to be used, 0 for none; where it matters, keys must tell them apart.
+        """
         count = next(count for count in reversed(AT_ONCE) if count >= len(keys))
         padded = np.zeros((count, *pixels.shape[1:]), np.float32)
         padded[: len(pixels)] = pixels
-        features = self._encode[count](self._generator.leaves, padded)
+        features = self._encode[count](self._generator.leaves, padded, self._chosen(adapter))
         self._kept |= dict(zip(keys, features, strict=False))
+
+    def _chosen(self, adapter: int) -> np.ndarray | None:
+        return self._generator.chosen(adapter) if self._generator.adapts_pictures else None
 
     def count(self, pictures: int, encoded: int) -> None:
         """Adds a request's pictures to the counts, of which so many had to be encoded."""
@@ -68,8 +76,8 @@ class PictureFeatures:
         return stacked
 
 
-def _encode_each(model: QwenVL, pixels: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(model.encode_images(pixels))
+def _encode_each(model: QwenVL, pixels: jax.Array, adapter: jax.Array | None) -> tuple[jax.Array, ...]:
+    return tuple(with_chosen(model, adapter).encode_images(pixels))
 
 
 def _stacked(model: QwenVL, features: list[jax.Array]) -> jax.Array:

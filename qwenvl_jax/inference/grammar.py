@@ -52,6 +52,10 @@ class Grammars:
         """Text that the whole of the pattern matches. Raises UserError for one with look-around, say, or too long."""
         return self._constraint(LLMatcher.grammar_from_regex(_bounded(pattern)), "the pattern cannot be followed")
 
+    def lark(self, grammar: str) -> "GrammarConstraint":
+        """Text of a grammar in llguidance's form of Lark. Raises UserError for one that is none, or too long."""
+        return self._constraint(LLMatcher.grammar_from_lark(_bounded(grammar)), "the grammar cannot be followed")
+
     def _constraint(self, grammar: str, problem: str) -> "GrammarConstraint":
         error = LLMatcher.validate_grammar(grammar, self._tokenizer, limits=_LIMITS)
         if error:

@@ -1,5 +1,6 @@
 """What an engine will need of its device's memory, before anything is allocated: what fits and what does not."""
 
+import dataclasses
 import os
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from qwenvl_jax.inference.steps import CHUNK
 from qwenvl_jax.nn.attention import LONGEST_DENSE
 
 GIB = 2**30
+SCALE = 4  # bytes, of a token and head in 8 bits
 USABLE = 0.95  # of a device: driver, programs and gaps take some
 
 
@@ -40,18 +42,20 @@ def plan_memory(generator: Generator, options: EngineOptions, available: int | N
     """Of an engine with these options. available: bytes of the device, by default what it says that it has."""
     config, dtype_size = generator.config, generator.features(1).dtype.itemsize
     devices = len(generator.leaves[0].sharding.device_set)
-    per_token = 2 * config.num_hidden_layers * config.num_attention_heads * config.kv_channels * dtype_size
-    array = per_token // (2 * config.num_hidden_layers) * options.slots * options.max_length
+    heads = 2 * config.num_hidden_layers * config.num_attention_heads
+    computed = heads * config.kv_channels * dtype_size  # keys and values of a token
+    stored = heads * (config.kv_channels + SCALE) if options.cache == "int8" else computed
+    array = stored // (2 * config.num_hidden_layers) * options.slots * options.max_length
     queries, width = config.visual.n_queries, config.hidden_size
     longest = options.max_length + EXTENSIONS[-1]
     scores = 4 * config.num_attention_heads * min(longest, LONGEST_DENSE) * longest
     return MemoryPlan(
         weights=sum(leaf.nbytes for leaf in generator.leaves) // devices,
-        cache=per_token * options.slots * (options.max_length + CHUNK) + array,
+        cache=options.slots * (stored * options.max_length + computed * CHUNK) + array,
         sampling=options.slots * config.vocab_size * (4 + 4 + 3),
-        prefixes=per_token * options.prefixes,
+        prefixes=stored * options.prefixes,
         pictures=options.pictures * queries * width * dtype_size,
-        work=2 * per_token * longest + 3 * scores,
+        work=2 * computed * longest + 3 * scores,
         available=memory_of(jax.local_devices()[0]) if available is None else available,
     )
 
@@ -68,11 +72,12 @@ def check_memory(generator: Generator, options: EngineOptions, available: int | 
     smaller = [(slots, options.prefixes) for slots in _halves(options.slots)]
     smaller += [(slots, 0) for slots in _halves(options.slots)]
     for slots, prefixes in smaller:
-        less = EngineOptions(slots, options.max_length, options.pictures, prefixes)
+        less = dataclasses.replace(options, slots=slots, prefixes=prefixes)
         if plan_memory(generator, less, available).fits:
             advice = f"slots {slots}" + (" and prefixes 0" if prefixes != options.prefixes else "")
             raise UserError(f"{problem}; {advice} would fit")
-    raise UserError(f"{problem}; use a shorter max_length, weights in fewer bits (quantize), or more devices")
+    bits = "weights in fewer bits (quantize)" + (", a cache in int8" if options.cache == "model" else "")
+    raise UserError(f"{problem}; use a shorter max_length, {bits}, or more devices")
 
 
 def described(plan: MemoryPlan, options: EngineOptions) -> str:

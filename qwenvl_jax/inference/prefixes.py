@@ -1,8 +1,8 @@
 """Keys and values of prompts that were read before, for prompts that begin alike: system prompts, earlier turns.
 
 A prompt is cut into blocks, and each block has a digest of everything before its end: token ids, the digests of the
-pictures in their slots, and the rotary frequencies. So blocks with one digest have the same keys and values, and
-prompts that differ in a picture, or are rotated differently, share none.
+pictures in their slots, the rotary frequencies and the adapter. So blocks with one digest have the same keys and
+values, and prompts that differ in a picture, are rotated differently, or are for another adapter, share none.
 """
 
 import hashlib
@@ -25,9 +25,11 @@ class Prefix(NamedTuple):
     length: int
 
 
-def block_digests(prompt: Prompt, picture_keys: Sequence[bytes], frequencies: np.ndarray, queries: int) -> list[bytes]:
+def block_digests(
+    prompt: Prompt, picture_keys: Sequence[bytes], frequencies: np.ndarray, adapter: int, queries: int
+) -> list[bytes]:
     """A digest of the prompt up to the end of each full block. queries: slots of a picture."""
-    digest = hashlib.sha256(frequencies.tobytes())
+    digest = hashlib.sha256(frequencies.tobytes() + adapter.to_bytes(4))
     found = []
     for end in range(BLOCK, len(prompt.input_ids) + 1, BLOCK):
         block = slice(end - BLOCK, end)

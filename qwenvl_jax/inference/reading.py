@@ -8,7 +8,6 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qwenvl_jax.inference import steps
@@ -18,9 +17,10 @@ from qwenvl_jax.inference.prefixes import Prefix, PrefixCache
 from qwenvl_jax.inference.programs import Program
 from qwenvl_jax.inference.reply import Reply
 from qwenvl_jax.inference.sampling import SamplingOptions, controls
-from qwenvl_jax.inference.slots import Prefilled, each
+from qwenvl_jax.inference.slots import Prefilled, each, with_slots
 from qwenvl_jax.inference.steps import Fixed, Grown, Past, State
 from qwenvl_jax.models.qwen_vl import frequencies
+from qwenvl_jax.nn import cache as kv_cache
 
 EXTENSIONS = (64, 256)  # tokens read by one call after a known prefix
 
@@ -34,19 +34,21 @@ class Piece(NamedTuple):
 
 
 class PromptReader:
-    """sizes: lengths that prompts are padded to, ascending. pictures: how many are kept; prefixes: slots kept.
+    """sizes: lengths that prompts are padded to, ascending. pictures: how many are kept; prefixes: slots kept; int8:
+    whether keys and values are stored in 8 bits from then on when a prompt has been read.
 
     Not for several threads.
     """
 
-    def __init__(self, generator: Generator, sizes: Sequence[int], pictures: int, prefixes: int):
+    def __init__(self, generator: Generator, sizes: Sequence[int], pictures: int, prefixes: int, int8: bool):
         self.features = PictureFeatures(generator, pictures)
         self.prefixes = PrefixCache(prefixes)
         self._generator, self._sizes = generator, tuple(sizes)
         self._queries = generator.config.visual.n_queries
         self._room = sizes[-1] + EXTENSIONS[-1]  # the last extension may reach behind the longest prompt
         self._extend = generator.program(steps.extend, donate_argnames="past")
-        self._resize = Program(_resize, generator.programs, static_argnames="slots")
+        self._resize = Program(kv_cache.resized, generator.programs, static_argnames="slots")
+        self._in_int8 = Program(steps.in_int8, generator.programs) if int8 else None
 
     def compile(self) -> tuple[list[Callable[[], None]], dict[int, Prefilled]]:
         """What compiles all programs, and the shapes that a prompt of each size will then have, by size."""
@@ -54,8 +56,11 @@ class PromptReader:
 
         def prefill(size: int) -> None:
             past, state, fixed, _ = self._generator.compile_prefill(size, self._pictures_in(size))
+            if self._in_int8 is not None:
+                self._in_int8.compile(size, past)
+                past = jax.eval_shape(self._in_int8.jitted, past)
             shapes[size] = Prefilled(past, state, fixed)
-            wide = each(self._widened, [past])
+            wide = with_slots(past, self._room)
             self._resize.compile((size, self._room), past.k[0], slots=self._room)
             self._resize.compile((self._room, size), wide.k[0], slots=size)
             if size == self._sizes[0]:
@@ -73,7 +78,8 @@ class PromptReader:
         keys = [request.picture_keys[picture] for picture in needed]
         missing = self.features.missing(keys)[: AT_ONCE[0]]
         if missing:
-            self.features.encode([keys[place] for place in missing], request.prompt.pixels[needed[missing]])
+            pixels = request.prompt.pixels[needed[missing]]
+            self.features.encode([keys[place] for place in missing], pixels, request.adapter)
             reply.encoded += len(missing)
         return bool(missing)
 
@@ -103,7 +109,9 @@ class PromptReader:
         request = reply.request
         features = self.features.stack(request.picture_keys, self._pictures_in(size))
         batch = self._generator.batch([request.prompt], room=1, features=features, length=size)
-        return self._generator.prefill(batch, reply.controls)
+        chosen = self._generator.chosen(request.adapter)
+        past, state, fixed, grown = self._generator.prefill(batch, reply.controls, adapter=chosen)
+        return past if self._in_int8 is None else self._in_int8[size](past), state, fixed, grown
 
     def _continued(
         self, reply: Reply, prefix: Prefix, pieces: Sequence[Piece], size: int
@@ -124,17 +132,13 @@ class PromptReader:
             places = np.array([end - start], np.int32), np.array([start], np.int32)
             past, state, fixed, grown = self._extend[padded](
                 self._generator.leaves, ids, slots, places[0], features, reply.controls, rotary, in_prompt, places[1],
-                past=past,
+                self._generator.chosen(reply.request.adapter), past=past,
             )  # fmt: skip
         return each(self._resize[self._room, size], [past]), state, fixed, grown
 
     def _pictures_in(self, length: int, cut: int = 0) -> int:
         """How many pictures so many tokens can have, `cut` of them in part; one at least, which text has nowhere."""
         return max(length // (self._queries + 2) + cut, 1)  # with the tags around it
-
-    def _widened(self, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        shape = (*leaf.shape[:2], self._room, leaf.shape[3])
-        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
 
     def _compile_extension(self, size: int, past: Past, fixed: Fixed) -> None:
         ids, number = jax.ShapeDtypeStruct((1, size), np.int32), jax.ShapeDtypeStruct((1,), np.int32)
@@ -143,8 +147,9 @@ class PromptReader:
         rotary = frequencies(self._generator.config, [1])
         in_prompt = jax.ShapeDtypeStruct(fixed.in_prompt.shape, bool)
         self._extend.compile(
-            size, self._generator.leaves, ids, ids, number, features, options, rotary, in_prompt, number, past=past
-        )
+            size, self._generator.leaves, ids, ids, number, features, options, rotary, in_prompt, number,
+            self._generator.chosen(0), past=past,
+        )  # fmt: skip
 
 
 def _pieces(start: int, length: int) -> list[Piece]:
@@ -156,9 +161,3 @@ def _pieces(start: int, length: int) -> list[Piece]:
         pieces.append(Piece(start, min(start + size, length), size))
         start += size
     return pieces
-
-
-def _resize(old: jax.Array, slots: int) -> jax.Array:
-    """[1, N, S, H] with another number of slots."""
-    more = slots - old.shape[2]
-    return jnp.pad(old, ((0, 0), (0, 0), (0, more), (0, 0))) if more > 0 else old[:, :, :slots]

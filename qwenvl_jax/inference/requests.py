@@ -32,7 +32,8 @@ class Request:
     stop_ids: tokens that end the reply besides those of the options. strip: leave out blanks at both ends.
     alternatives: None for no log-probabilities, else how many of other tokens to give with each, 0 to
     `steps.MOST_ALTERNATIVES`. picture_keys: a digest of each picture of the prompt, by which its features are found
-    again; equal keys must mean equal pixels.
+    again; equal keys must mean equal pixels. adapter: which of the model's adapters, from 1 on in their order, reads
+    the prompt and writes the reply; 0 is the base model.
     """
 
     prompt: Prompt
@@ -42,6 +43,7 @@ class Request:
     alternatives: int | None = None
     picture_keys: tuple[bytes, ...] = ()
     constraint: Constraint | None = None
+    adapter: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

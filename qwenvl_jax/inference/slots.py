@@ -17,6 +17,9 @@ from qwenvl_jax.inference.decode import Generator
 from qwenvl_jax.inference.programs import Program
 from qwenvl_jax.inference.steps import CHUNK, Fixed, Grown, Past, Rows, State
 from qwenvl_jax.nn import cache as kv_cache
+from qwenvl_jax.nn.int8_tokens import TokenArray
+
+RECENT = "recent"  # in the place of a number of slots, where the arrays are those of the recent part
 
 
 class Prefilled(NamedTuple):
@@ -40,6 +43,7 @@ class LiveBatch:
         self._join = Program(_join, counter, donate_argnums=0)
         self._take = Program(_take, counter)
         self._allow = Program(_join, counter, donate_argnums=0)
+        self._clear = Program(_clear, counter, donate_argnums=0)
 
     def compile(self, replies: dict[int, Prefilled]) -> list[Callable[[], None]]:
         """What compiles all programs. replies: the shapes of a prefilled reply, by its number of slots T."""
@@ -109,6 +113,13 @@ class LiveBatch:
         row = self.replies.index(reply)
         self.replies[row], self._lengths[row], self._born[row] = None, 0, 0
 
+    def clear(self) -> None:
+        """Sets to zero what no reply has any more: no mask hides what is no number."""
+        live = self.live
+        self._past = each(self._clear[self.size], [self._past], live)
+        recent = each(self._clear[self.size[0], RECENT], [Past(self._state.recent_k, self._state.recent_v)], live)
+        self._state = self._state._replace(recent_k=recent.k, recent_v=recent.v)
+
     def decode(self, steps: int) -> tuple[Grown, list[Any], int]:
         """At most `steps` more tokens of every reply: in the slots from the last number on, for the replies listed."""
         self._fit()
@@ -154,15 +165,15 @@ class LiveBatch:
         while len(self.replies) != rows:
             index = np.flatnonzero(self.live).astype(np.int32)
             size, count = _next(self._row_sizes, len(self.replies), rows), len(index)
-            index = np.pad(index, (0, size - count))  # rows that no one has may hold anything
+            index = np.pad(index, (0, size - count), constant_values=-1)
             recent = Past(self._state.recent_k, self._state.recent_v)
-            for_past, for_recent = (self._resize[self.size[0], slots, size, slots] for slots in (self.size[1], CHUNK))
+            for_past = self._resize[self.size[0], self.size[1], size, self.size[1]]
+            for_recent = self._resize[self.size[0], RECENT, size, RECENT]
             small, self._fixed = self._take[self.size[0], size]((_but_recent(self._state), self._fixed), index)
             recent = each(for_recent, [recent], index)
             self._past = each(for_past, [self._past], index)
             self._state = small._replace(recent_k=recent.k, recent_v=recent.v)
-            self._lengths, self._born = self._lengths[index], self._born[index]
-            self._lengths[count:] = self._born[count:] = 0
+            self._lengths, self._born = (np.where(index < 0, 0, old[index]) for old in (self._lengths, self._born))
             self.replies = [reply for reply in self.replies if reply is not None] + [None] * (size - count)
 
     def _to_slots(self, slots: int) -> None:
@@ -175,12 +186,11 @@ class LiveBatch:
     def _sized(self, rows: int, slots: int) -> tuple[Past, State, Fixed]:
         """The shapes of a batch of this size."""
 
-        def resized(leaf, *inner):
-            return jax.ShapeDtypeStruct((rows, *(inner or leaf.shape[1:])), leaf.dtype, sharding=leaf.sharding)
+        def resized(leaf):
+            return jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)
 
-        one = self._shape
-        _, heads, _, head_dim = one.past.k[0].shape
-        return each(resized, [one.past], heads, slots, head_dim), *jax.tree.map(resized, (one.state, one.fixed))
+        past = with_slots(self._shape.past, slots)
+        return jax.tree.map(resized, past), *jax.tree.map(resized, (self._shape.state, self._shape.fixed))
 
     def _compile_rows(self, rows: int) -> list[Callable[[], None]]:
         """The programs for so many rows that do not touch the past."""
@@ -188,13 +198,15 @@ class LiveBatch:
         ours, theirs = (_but_recent(state), fixed), (_but_recent(self._shape.state), self._shape.fixed)
         row = jax.ShapeDtypeStruct((), np.int32)
         tasks: list[Callable[[], None]] = [partial(self._join.compile, rows, ours, theirs, row)]
+        flags = jax.ShapeDtypeStruct((rows,), bool)
+        tasks.append(partial(self._clear.compile, (rows, RECENT), state.recent_k[0], flags))
         allowed = (each_row.controls.allowed for each_row in (fixed, self._shape.fixed))
         tasks.append(partial(self._allow.compile, rows, *allowed, row))
         for other in _neighbours(self._row_sizes, rows):
             index = jax.ShapeDtypeStruct((other,), np.int32)
             tasks.append(partial(self._take.compile, (rows, other), ours, index))
             recent = state.recent_k[0]
-            tasks.append(partial(self._resize.compile, (rows, CHUNK, other, CHUNK), recent, index, slots=CHUNK))
+            tasks.append(partial(self._resize.compile, (rows, RECENT, other, RECENT), recent, index, slots=CHUNK))
         return tasks
 
     def _compile_size(self, rows: int, slots: int, replies: Sequence[Prefilled]) -> list[Callable[[], None]]:
@@ -205,6 +217,7 @@ class LiveBatch:
 
         def moves() -> None:
             self._flush.compile((rows, slots), array, state.recent_k[0], places, places)
+            self._clear.compile((rows, slots), array, flags)
             for reply in replies:
                 self._place.compile((rows, slots, reply.past.shape[1]), array, reply.past.k[0], number)
             for other in _neighbours(self._row_sizes, rows):
@@ -223,6 +236,16 @@ def each(function: Callable[..., Any], pasts: Sequence[Past], *rest: Any) -> Pas
     """A past of what the function makes of each array, its counterparts in the other pasts, and the rest."""
     sides = zip(*pasts, strict=True)
     return Past(*([function(*arrays, *rest) for arrays in zip(*side, strict=True)] for side in sides))
+
+
+def with_slots(past: Past, slots: int) -> Past:
+    """The shapes of a past with another number of slots."""
+
+    def resized(leaf):
+        shape = (*leaf.shape[:2], slots, *leaf.shape[3:])
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
+
+    return jax.tree.map(resized, past)
 
 
 def _but_recent(state: State) -> State:
@@ -246,20 +269,22 @@ def _neighbours(sizes: Sequence[int], size: int) -> list[int]:
 # Below: what the programs compute.
 
 
-def _place(old: jax.Array, new: jax.Array, row: jax.Array) -> jax.Array:
+def _place(old: TokenArray, new: TokenArray, row: jax.Array) -> TokenArray:
     """new [1, N, T, H] in the first slots of a row of old [R, N, S, H]."""
-    return jax.lax.dynamic_update_slice(old, new, (row, 0, 0, 0))
+
+    def placed(old, new):
+        return jax.lax.dynamic_update_slice(old, new, (row, *[0] * (old.ndim - 1)))
+
+    return jax.tree.map(placed, old, new)
 
 
-def _flush(old: jax.Array, recent: jax.Array, lengths: jax.Array, born: jax.Array) -> jax.Array:
+def _flush(old: TokenArray, recent: jax.Array, lengths: jax.Array, born: jax.Array) -> TokenArray:
     return kv_cache.flushed(old, recent, lengths, born, old.shape[2])
 
 
-def _resize(old: jax.Array, index: jax.Array, slots: int) -> jax.Array:
+def _resize(old: TokenArray, index: jax.Array, slots: int) -> TokenArray:
     """The rows int [R'] of old [R, N, S, H], with `slots` slots."""
-    rows = old[index]
-    more = slots - old.shape[2]
-    return jnp.pad(rows, ((0, 0), (0, 0), (0, more), (0, 0))) if more > 0 else rows[:, :, :slots]
+    return kv_cache.resized(_take(old, index), slots)
 
 
 def _join(ours: Any, theirs: Any, row: jax.Array) -> Any:
@@ -268,4 +293,12 @@ def _join(ours: Any, theirs: Any, row: jax.Array) -> Any:
 
 
 def _take(ours: Any, index: jax.Array) -> Any:
-    return jax.tree.map(lambda old: old[index], ours)
+    """The rows int [R'] of arrays [R, ...]; -1 is a row of zeros."""
+    return _clear(jax.tree.map(lambda old: old[index], ours), index >= 0)
+
+
+def _clear(ours: Any, live: jax.Array) -> Any:
+    """Arrays [R, ...] with zeros in the rows that are not live (bool [R])."""
+    return jax.tree.map(
+        lambda old: jnp.where(jnp.expand_dims(live, range(1, old.ndim)), old, jnp.zeros_like(old)), ours
+    )

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from qwenvl_jax.inference.sampling import Array, Controls, sample
 from qwenvl_jax.models.qwen_vl import QwenVL
 from qwenvl_jax.nn import cache as kv_cache
+from qwenvl_jax.nn.adapter_bank import with_chosen
 from qwenvl_jax.nn.attention import causal_mask
+from qwenvl_jax.nn.int8_tokens import TokenArray, quantised, stored_like
 
 CHUNK = 32  # tokens that a reply may grow by before its cache is flushed, and the most steps of one call
 MOST_ALTERNATIVES = 20  # tokens whose log-probabilities are kept beside that of the chosen one
@@ -22,8 +24,8 @@ MOST_ALTERNATIVES = 20  # tokens whose log-probabilities are kept beside that of
 class Past(NamedTuple):
     """Keys and values that decode steps only read, [B, N, S, H] per layer."""
 
-    k: list[jax.Array]
-    v: list[jax.Array]
+    k: list[TokenArray]
+    v: list[TokenArray]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -62,6 +64,7 @@ class Fixed(NamedTuple):
     in_prompt: jax.Array  # bool [B, V], tokens of the prompt
     frequencies: Array  # float32 [B, R / 2] with R rotated dimensions
     shift: Array  # int32 [B], position of the first prompt token; 0 but for comparisons with left-padded batches
+    adapter: Array | None = None  # int32 [B], the adapter of each row, 0 for none; None where the model has no bank
 
 
 class Rows(NamedTuple):
@@ -93,8 +96,12 @@ def forward(model: QwenVL, ids, slots, features, mask, positions, rotary):
     return model(model.embed(ids, features, slots), context)
 
 
-def prefill(model: QwenVL, ids, slots, lengths, features, controls: Controls, rotary, shift, finished):
-    """Reads prompts [B, T] and chooses the first token of each reply. Returns past, state, fixed and those tokens."""
+def prefill(model: QwenVL, ids, slots, lengths, features, controls: Controls, rotary, shift, finished, adapter=None):
+    """Reads prompts [B, T] and chooses the first token of each reply. Returns past, state, fixed and those tokens.
+
+    adapter: int32 [B], or None for the base model, see `Fixed`.
+    """
+    model = with_chosen(model, adapter)
     rows, length = ids.shape
     # Padding comes after the tokens of a row, so the causal mask hides it.
     mask = causal_mask(jnp.ones((1, length), bool))
@@ -105,33 +112,36 @@ def prefill(model: QwenVL, ids, slots, lengths, features, controls: Controls, ro
     real = jnp.where(jnp.arange(length) < lengths[:, None], ids, logits.shape[-1])
     in_prompt = jnp.zeros(logits.shape, bool).at[jnp.arange(rows)[:, None], real].set(True, mode="drop")
     caches = [kv_cache.start(k, v, CHUNK) for k, v in kv]
-    return _begun(caches, logits, Fixed(controls, in_prompt, rotary, shift), finished)
+    return _begun(caches, logits, Fixed(controls, in_prompt, rotary, shift, adapter), finished)
 
 
 def extend(
-    model: QwenVL, ids, slots, length, features, controls: Controls, rotary, in_prompt, start, *, past: Past
+    model: QwenVL, ids, slots, length, features, controls: Controls, rotary, in_prompt, start, adapter, *, past: Past
 ) -> tuple[Past, State, Fixed, Grown]:
     """Reads the tokens [1, T] of a prompt from `start` on, where those before are in the past; else like `prefill`.
 
     length: how many of the T are tokens; start, length int32 [1]; in_prompt bool [1, V]. The past [1, N, P, H] must
     have room for all T after `start`.
     """
+    model = with_chosen(model, adapter)
     tokens = ids.shape[1]
     old = jnp.broadcast_to(jnp.arange(past.shape[1]) < start, (tokens, past.shape[1]))
     mask = jnp.concatenate([old, jnp.tril(jnp.ones((tokens, tokens), bool))], axis=1)[None]
     context = model.context(mask, start[:, None] + jnp.arange(tokens), rotary, cache_slot=jnp.int32(0))
-    caches = [kv_cache.with_recent(k, v, tokens) for k, v in zip(*past, strict=True)]
-    hidden, caches = model(model.embed(ids, features, slots), context, caches)
+    embedded = model.embed(ids, features, slots)
+    caches = [kv_cache.with_recent(k, v, tokens, embedded.dtype) for k, v in zip(*past, strict=True)]
+    hidden, caches = model(embedded, context, caches)
     logits = model.logits(hidden[jnp.arange(1), length - 1])
 
     def filled(old, new):
-        return jax.lax.dynamic_update_slice_in_dim(old, new, start[0], axis=2)
+        def written(old, new):
+            return jax.lax.dynamic_update_slice_in_dim(old, new, start[0], axis=2)
 
-    caches = [
-        kv_cache.with_recent(filled(cache.past_k, cache.recent_k), filled(cache.past_v, cache.recent_v), CHUNK)
-        for cache in caches
-    ]
-    fixed = Fixed(controls, in_prompt, rotary, jnp.zeros(1, jnp.int32))
+        return jax.tree.map(written, old, stored_like(old, new))
+
+    pasts = [(filled(cache.past_k, cache.recent_k), filled(cache.past_v, cache.recent_v)) for cache in caches]
+    caches = [kv_cache.with_recent(k, v, CHUNK, embedded.dtype) for k, v in pasts]
+    fixed = Fixed(controls, in_prompt, rotary, jnp.zeros(1, jnp.int32), adapter)
     return _begun(caches, logits, fixed, jnp.zeros(1, bool))
 
 
@@ -204,6 +214,7 @@ def decode(
 
     stopped bool [B]: replies that have ended for a reason the model does not know.
     """
+    model = with_chosen(model, fixed.adapter)
     batch, slots = past.shape
     most = min(MOST_ALTERNATIVES, state.logits.shape[-1])
     choices = Choice(
@@ -240,6 +251,12 @@ def flush(past: Past, recent_k, recent_v, rows: Rows, slots: int) -> Past:
     layers = zip(past.k, past.v, recent_k, recent_v, strict=True)
     caches = [kv_cache.flush(kv_cache.LayerCache(*layer), rows.lengths, rows.born, slots) for layer in layers]
     return Past([cache.past_k for cache in caches], [cache.past_v for cache in caches])
+
+
+def in_int8(past: tuple[list[jax.Array], list[jax.Array]]) -> Past:
+    """A past in 8 bits."""
+    k, v = past
+    return Past([quantised(tokens) for tokens in k], [quantised(tokens) for tokens in v])
 
 
 def all_logits(model: QwenVL, ids, slots, lengths, features, valid, rotary) -> jax.Array:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from qwenvl_jax.nn.int8_tokens import Int8Tokens, TokenArray
 from qwenvl_jax.nn.linear import full_precision
 
 # Queries whose scores against all keys are held at once. A longer prompt is processed in blocks, so that its float32
@@ -52,22 +53,38 @@ def _weights(scores: jax.Array, head_dim: int, mask: jax.Array | None) -> jax.Ar
     return jax.nn.softmax(scores, axis=-1)
 
 
-def attend_parts(q: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array]], mask: jax.Array) -> jax.Array:
+def attend_parts(q: jax.Array, parts: Sequence[tuple[TokenArray, TokenArray]], mask: jax.Array) -> jax.Array:
     """`attend` over keys and values that lie in several arrays, heads before slots as a cache stores them.
 
     q [B, T, N, H]; parts: k, v [B, N, S_i, H] each; mask bool [B, T, S], S the sum of all S_i. Returns [B, T, N, H].
     """
-    precision = full_precision(q.dtype)
     q = q.transpose(0, 2, 1, 3)
-    scores = [
-        jnp.einsum("bnth,bnsh->bnts", q, k, precision=precision, preferred_element_type=jnp.float32) for k, _ in parts
-    ]
-    weights = _weights(jnp.concatenate(scores, axis=-1), q.shape[-1], mask).astype(q.dtype)
+    scores = [_scores(q, k) for k, _ in parts]
+    weights = _weights(jnp.concatenate(scores, axis=-1), q.shape[-1], mask)
+    narrow = weights.astype(q.dtype)
     mixed, end = jnp.zeros(q.shape, q.dtype), 0
     for _, v in parts:
         start, end = end, end + v.shape[2]
-        mixed += jnp.einsum("bnts,bnsh->bnth", weights[..., start:end], v, precision=precision)
+        if isinstance(v, Int8Tokens):
+            mixed += _mixed_int8(weights[..., start:end], v, q)
+        else:
+            mixed += jnp.einsum("bnts,bnsh->bnth", narrow[..., start:end], v, precision=full_precision(q.dtype))
     return mixed.transpose(0, 2, 1, 3)
+
+
+def _scores(q: jax.Array, k: TokenArray) -> jax.Array:
+    """float32 [B, N, T, S] of q [B, N, T, H]. A scale of keys is one of scores, so no key is dequantised."""
+    if isinstance(k, Int8Tokens):
+        return _scores(q, k.widened(q)) * k.scale[:, :, None]
+    precision = full_precision(q.dtype)
+    return jnp.einsum("bnth,bnsh->bnts", q, k, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _mixed_int8(weights: jax.Array, v: Int8Tokens, q: jax.Array) -> jax.Array:
+    """[B, N, T, H] in q's dtype of weights float32 [B, N, T, S]. A scale of values is one of weights."""
+    scaled, precision = (weights * v.scale[:, :, None]).astype(q.dtype), full_precision(q.dtype)
+    mixed = jnp.einsum("bnts,bnsh->bnth", scaled, v.widened(q), precision=precision, preferred_element_type=jnp.float32)
+    return mixed.astype(q.dtype)
 
 
 def causal_mask(valid: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 It has two parts. The past is only read by decode steps, so a compiled loop over steps never copies it; the few most
 recent tokens are written, one slot per step and the same slot in every sequence, however long each of them is. When the
 recent part is full, `flush` moves it into the past. Slots are only places: positions belong to the rotary tables.
+The past may be in 8 bits: what comes to it is quantised then, and the recent part stays as the model made it.
 """
 
 from typing import NamedTuple
@@ -11,13 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from qwenvl_jax.nn.attention import attend_parts
+from qwenvl_jax.nn.int8_tokens import TokenArray, stored_like
 
 
 class LayerCache(NamedTuple):
     """One layer's keys (rotated) and values, heads before slots: [B, N, S, H] past, [B, N, R, H] recent."""
 
-    past_k: jax.Array
-    past_v: jax.Array
+    past_k: TokenArray
+    past_v: TokenArray
     recent_k: jax.Array
     recent_v: jax.Array
 
@@ -38,13 +40,13 @@ class LayerCache(NamedTuple):
 
 def start(k: jax.Array, v: jax.Array, recent: int) -> LayerCache:
     """The cache after a prompt whose keys and values are k, v [B, T, N, H], with room for `recent` tokens."""
-    return with_recent(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), recent)
+    return with_recent(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), recent, k.dtype)
 
 
-def with_recent(k: jax.Array, v: jax.Array, recent: int) -> LayerCache:
-    """A cache of past keys and values [B, N, S, H], with room for `recent` tokens."""
+def with_recent(k: TokenArray, v: TokenArray, recent: int, dtype) -> LayerCache:
+    """A cache of past keys and values [B, N, S, H], with room for `recent` tokens of the model's dtype."""
     batch, heads, _, head_dim = k.shape
-    empty = jnp.zeros((batch, heads, recent, head_dim), k.dtype)
+    empty = jnp.zeros((batch, heads, recent, head_dim), dtype)
     return LayerCache(k, v, empty, empty)
 
 
@@ -65,7 +67,7 @@ def flush(cache: LayerCache, past: jax.Array, born: jax.Array, slots: int) -> La
     return cache._replace(past_k=past_k, past_v=flushed(cache.past_v, cache.recent_v, past, born, slots))
 
 
-def flushed(old: jax.Array, recent: jax.Array, past: jax.Array, born: jax.Array, slots: int) -> jax.Array:
+def flushed(old: TokenArray, recent: jax.Array, past: jax.Array, born: jax.Array, slots: int) -> TokenArray:
     """The recent tokens [B, N, R, H] from slot `born` (int [B]) on behind the first `past` (int [B]) slots of each row.
 
     old [B, N, S, H]; the result has `slots` slots, S or more. What would fall behind its end is dropped.
@@ -73,6 +75,20 @@ def flushed(old: jax.Array, recent: jax.Array, past: jax.Array, born: jax.Array,
     rows = jnp.arange(past.shape[0])[:, None]
     places = jnp.arange(recent.shape[2])
     targets = jnp.where(places >= born[:, None], past[:, None] - born[:, None] + places, slots)  # [B, R]
-    old = jnp.pad(old, ((0, 0), (0, 0), (0, slots - old.shape[2]), (0, 0)))
-    # Indexed dimensions come first: [B, R, N, H].
-    return old.at[rows, :, targets].set(recent.transpose(0, 2, 1, 3), mode="drop")
+
+    def moved(old, new):
+        # Indexed dimensions come first: [B, R, N, H].
+        return old.at[rows, :, targets].set(jnp.swapaxes(new, 1, 2), mode="drop")
+
+    return jax.tree.map(moved, resized(old, slots), stored_like(old, recent))
+
+
+def resized(tokens: TokenArray, slots: int) -> TokenArray:
+    """[B, N, S, H] with another number of slots: empty ones at the end, or the first ones alone."""
+
+    def one(part: jax.Array) -> jax.Array:
+        more = slots - part.shape[2]
+        padding = [(0, more if axis == 2 else 0) for axis in range(part.ndim)]
+        return jnp.pad(part, padding) if more > 0 else part[:, :, :slots]
+
+    return jax.tree.map(one, tokens)

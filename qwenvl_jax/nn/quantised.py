@@ -87,10 +87,14 @@ def _tied(linear: QuantisedLinear, to: jax.Array) -> QuantisedLinear:
 
     Otherwise it may widen the weights of all layers ahead of a loop over tokens, and keep them all through it.
     """
-    codes = jax.lax.platform_dependent(linear.codes[...], to, cpu=_tied_by_value, default=_tied_by_barrier)
     result = jax.tree.map(lambda part: part, linear)
-    result.codes = Frozen(codes, axes=_axes(linear.codes))
+    result.codes = Frozen(tied(linear.codes[...], to), axes=_axes(linear.codes))
     return result
+
+
+def tied(codes: jax.Array, to: jax.Array) -> jax.Array:
+    """Codes that do not change, which the compiler must take for a function of `to`."""
+    return jax.lax.platform_dependent(codes, to, cpu=_tied_by_value, default=_tied_by_barrier)
 
 
 def _tied_by_barrier(codes: jax.Array, to: jax.Array) -> jax.Array:

@@ -68,8 +68,10 @@ class Processor:
         tokenizer = Tokenizer.from_file(Path(folder) / VOCABULARY_FILE, config.visual.n_queries)
         return cls(tokenizer, config, load=load)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], max_window_size: int = MAX_WINDOW_SIZE) -> Prompt:
-        """The prompt for the next reply in a conversation; it ends with the assistant's header.
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], max_window_size: int = MAX_WINDOW_SIZE, begun: str = ""
+    ) -> Prompt:
+        """The prompt for the next reply in a conversation; it ends with the assistant's header, and `begun` after it.
 
         Old turns (a user message and its reply) are left out, oldest first, where system message and turns would
         reach `max_window_size` ids; the last message always stays whole and is not counted. Pictures keep the number
@@ -84,7 +86,8 @@ class Processor:
         kept = template.newest_within([len(turn) for turn in history], len(start), max_window_size)
         dropped = sum(message.pictures for message in turns[: 2 * (len(history) - kept)])
         body = _joined([start, *history[len(history) - kept :], blocks[-1], newline])
-        return self._prompt(body + template.header(self.tokenizer, "assistant"), pictures, dropped)
+        reply = template.segment(self.tokenizer, template.reply_pieces(self.tokenizer, begun))
+        return self._prompt(body + template.header(self.tokenizer, "assistant") + reply, pictures, dropped)
 
     def training(self, messages: Sequence[Mapping[str, Any]], answers_only: bool = False) -> tuple[Prompt, np.ndarray]:
         """A whole conversation, ending in an assistant message, and its labels int32 [T].

@@ -51,7 +51,7 @@ class Form(Protocol):
     head: Json
 
     def opening(self, index: int) -> Json | None: ...  # a choice of the first chunk of a reply
-    def chunk(self, piece: Piece) -> Json: ...  # a choice of a chunk
+    def chunk(self, piece: Piece) -> Json | None: ...  # a choice of a chunk, or nothing yet
     def whole(self, piece: Piece) -> Json: ...  # a choice of a reply in one
     def name(self, stream: bool) -> str: ...  # `object`
 
@@ -219,8 +219,9 @@ async def _events(
             if opening is not None:
                 yield event({**head, "choices": [opening], **no_usage})
         async for piece in pieces:
-            if piece.text or piece.choices or piece.finish_reason:
-                yield event({**head, "choices": [form.chunk(piece)], **no_usage})
+            chunk = form.chunk(piece) if piece.text or piece.choices or piece.finish_reason else None
+            if chunk is not None:
+                yield event({**head, "choices": [chunk], **no_usage})
         if job.include_usage:
             yield event({**head, "choices": [], "usage": progress.usage()})
     except APIError as error:

@@ -20,7 +20,7 @@ def create_app(settings: Settings) -> FastAPI:
     for part in (models, chat, completions, tokens, operations):
         app.include_router(part.router)
     errors.install(app)
-    openapi.install(app, version("qwenvl-jax"), settings.model_names)
+    openapi.install(app, version("qwenvl-jax"), settings.names)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, most=settings.max_body_bytes)
     if settings.api_keys:

@@ -42,7 +42,7 @@ async def read(request: Request, schema: type[Body], server: Server) -> Body:
 
 def check_model(name: str, server: Server) -> None:
     """Raises APIError for the name of a model that is not served here."""
-    known = server.settings.model_names
+    known = server.settings.names
     if name not in known:
         message = f"model: there is no {name[:100]!r} here; this server has {', '.join(known)}"
         raise APIError(404, "model_not_found", message, "model")

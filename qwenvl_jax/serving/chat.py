@@ -9,14 +9,17 @@ from fastapi import APIRouter, Request, Response
 from qwenvl_jax.config import UserError
 from qwenvl_jax.inference import requests
 from qwenvl_jax.inference.grammar import GrammarConstraint
-from qwenvl_jax.serving import prompts
-from qwenvl_jax.serving.answer import Job, Piece, answer
+from qwenvl_jax.serving import prompts, react
+from qwenvl_jax.serving.answer import Form, Job, Piece, answer
 from qwenvl_jax.serving.errors import APIError
 from qwenvl_jax.serving.logprobs import TokenTexts, chat_logprobs
+from qwenvl_jax.serving.messages import NamedTool
 from qwenvl_jax.serving.openapi import described
+from qwenvl_jax.serving.react import Tool
 from qwenvl_jax.serving.responses import ChatCompletion
 from qwenvl_jax.serving.schema import ChatRequest, JsonObject, JsonSchema, Regex
 from qwenvl_jax.serving.state import Server
+from qwenvl_jax.serving.tool_form import ToolForm
 
 router = APIRouter()
 
@@ -34,29 +37,65 @@ async def prepare(body: ChatRequest, server: Server) -> Job:
         raise APIError(
             400, "unsupported_model", "model: a base model, which does not chat; use /v1/completions", "model"
         )
-    prepared = await prompts.from_messages(body.messages, server)
-    constraint = await server.with_prompts(_constraint, body, server)
+    tools, forced = offered(body)
+    prepared = await prompts.from_messages(body.messages, server, tools)
+    constraint = await server.with_prompts(_constraint, body, forced, prepared.begun, server)
     # What is constrained ends where its form does, which needs the token that says so.
     stop_ids = () if body.ignore_eos and constraint is None else tuple(vlm.chat_stop_ids)
+    acts = bool(tools or prepared.begun)
     made = [
         requests.Request(
             prepared.prompt,
-            options,
+            options.replace({"stop": (*options.stop, react.STOP)}) if acts else options,
             stop_ids=stop_ids,
             strip=True,
             alternatives=(body.top_logprobs or 0) if body.logprobs else None,
             picture_keys=prepared.picture_keys,
             constraint=constraint and constraint.copy(),
+            adapter=server.adapter(body.model),
         )
         for options in prompts.options(body, prepared, server)
     ]
-    form = ChatForm(body.model, server.token_texts, bool(body.logprobs))
+    form: Form = ChatForm(body.model, server.token_texts, bool(body.logprobs))
+    if acts:
+        form = ToolForm(form, prepared.begun, older=not body.tools and bool(body.functions))
     return Job([prepared], made, form, bool(body.stream), body.include_usage)
 
 
-def _constraint(body: ChatRequest, server: Server) -> GrammarConstraint | None:
+def offered(body: ChatRequest) -> tuple[list[Tool], list[Tool]]:
+    """The tools that the model is told of, and those of which it must call one. Raises APIError."""
+    field, choice = ("tool_choice", body.tool_choice) if not body.functions else ("function_call", body.function_call)
+    functions = [tool.function for tool in body.tools or ()] or body.functions or []
+    tools = [
+        Tool(
+            function.name_for_model or function.name,
+            function.description_for_model or function.description,
+            function.parameters or {"type": "object", "properties": {}},
+            function.name_for_human,
+        )
+        for function in functions
+    ]
+    if choice is None or choice == "auto":
+        return tools, []
+    if choice == "none":
+        return [], []
+    if not tools:
+        raise APIError(400, "invalid_value", f"{field}: only with tools", field)
+    if choice == "required":
+        return tools, tools
+    name = choice.function.name if isinstance(choice, NamedTool) else choice.name
+    forced = [tool for tool in tools if tool.name == name]
+    if not forced:
+        raise APIError(400, "invalid_value", f"{field}: there is no tool {name!r}", field)
+    return tools, forced
+
+
+def _constraint(body: ChatRequest, forced: list[Tool], begun: str, server: Server) -> GrammarConstraint | None:
     """What the replies must look like, where the request says. Raises APIError for what cannot be followed."""
+    field = "tools" if forced else "response_format"
     try:
+        if forced:
+            return server.grammars.lark(react.grammar(forced, begun))
         match body.response_format:
             case JsonObject():
                 return server.grammars.json_object()
@@ -65,7 +104,7 @@ def _constraint(body: ChatRequest, server: Server) -> GrammarConstraint | None:
             case Regex(regex=pattern):
                 return server.grammars.regex(pattern)
     except UserError as error:
-        raise APIError(400, "invalid_value", f"response_format: {error}", "response_format") from None
+        raise APIError(400, "invalid_value", f"{field}: {error}", field) from None
     return None
 
 

@@ -52,10 +52,24 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument_group("the model").add_argument
     add("-c", "--checkpoint", default="tiny", help="checkpoint folder (default: the model that ships)")
     add("--served-model-name", metavar="NAME", action="append", help="what requests call it; may be given again")
+    add(
+        "--adapter",
+        metavar="NAME=DIR",
+        type=_named,
+        action="append",
+        default=[],
+        help="a LoRA adapter in PEFT's form, asked for as model NAME; may be given again",
+    )
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of parameters (default: as stored)")
     add("--quantize", choices=("int8", "int4", "nf4"), help="keep the language model's weights in 8 or 4 bits")
     add("--slots", type=_positive, default=8, help="replies that are generated at one time (8)")
     add("--max-model-len", metavar="TOKENS", type=_positive, help="prompt and reply together (default: seq_length)")
+    add(
+        "--kv-cache",
+        choices=("model", "int8"),
+        default="model",
+        help="keys and values as the model computes them, or in half the memory (model)",
+    )
     add(
         "--prefixes",
         metavar="TOKENS",
@@ -104,8 +118,14 @@ def settings(options: argparse.Namespace) -> "Settings":
 
     if options.allowed_host and not options.allow_urls:
         raise UserError("--allowed-host: only with --allow-urls; without it no URL is fetched")
+    names = options.served_model_name or [_model_name(options.checkpoint)]
+    several = [name for name, _ in options.adapter]
+    for name in several:
+        if several.count(name) > 1 or name in names:
+            raise UserError(f"--adapter {name}=...: the name is taken; give each adapter one of its own")
     return Settings(
-        model_names=tuple(options.served_model_name or [_model_name(options.checkpoint)]),
+        model_names=tuple(names),
+        adapters=tuple(name for name, _ in options.adapter),
         api_keys=tuple(_keys(options)),
         max_queue=options.max_queue,
         max_body_bytes=options.max_body_mb * MEGABYTE,
@@ -129,7 +149,9 @@ def build(options: argparse.Namespace, say: Callable[[str], None]) -> "tuple[VLM
     from qwenvl_jax.inference.text import token_bytes
 
     say(f"loading {options.checkpoint}")
-    vlm = qwenvl_jax.load(options.checkpoint, dtype=options.dtype, quantize=options.quantize)
+    vlm = qwenvl_jax.load(
+        options.checkpoint, dtype=options.dtype, quantize=options.quantize, adapters=dict(options.adapter)
+    )
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # There are many small programs, too, and all of them are wanted again at the next start.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -150,7 +172,7 @@ def engine_options(options: argparse.Namespace, vlm: "VLM") -> "EngineOptions":
     """What the engine keeps in memory. Raises UserError."""
     from qwenvl_jax.inference.engine import EngineOptions
 
-    return EngineOptions(options.slots, max_length(options, vlm), prefixes=options.prefixes)
+    return EngineOptions(options.slots, max_length(options, vlm), prefixes=options.prefixes, cache=options.kv_cache)
 
 
 def max_length(options: argparse.Namespace, vlm: "VLM") -> int:
@@ -201,6 +223,13 @@ def _positive(text: str) -> int:
 
 def _port(text: str) -> int:
     return _integer(text, 0, 2**16 - 1)
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR")
+    return name, folder
 
 
 def _integer(text: str, least: int, most: int) -> int:

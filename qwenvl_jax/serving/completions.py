@@ -30,7 +30,7 @@ async def prepare(body: CompletionRequest, server: Server) -> Job:
     prepared = await server.with_prompts(_prompts, body, server)
     stop_ids = () if body.ignore_eos else tuple(server.vlm.raw_stop_ids)
     made = [
-        requests.Request(one.prompt, options, stop_ids, alternatives=body.logprobs)
+        requests.Request(one.prompt, options, stop_ids, alternatives=body.logprobs, adapter=server.adapter(body.model))
         for one in prepared
         for options in prompts.options(body, one, server)
     ]

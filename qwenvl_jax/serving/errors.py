@@ -95,7 +95,7 @@ def from_validation(error: ValidationError, body: Any) -> APIError:
         case "unsupported":
             code = "unsupported_parameter"
         case "union_tag_invalid" | "union_tag_not_found":
-            code, param = "invalid_value", f"{param}.type"
+            code, param = "invalid_value", f"{param}.{first['ctx']['discriminator'].strip(chr(39))}"
             text = (
                 f"must be one of {first['ctx']['expected_tags']}" if "expected_tags" in first["ctx"] else "is missing"
             )

@@ -1,4 +1,4 @@
-"""GET /v1/models: the names under which the one model is served."""
+"""GET /v1/models: the names under which the one model is served, and those of its adapters."""
 
 from fastapi import APIRouter, Request, Response
 
@@ -15,7 +15,7 @@ router = APIRouter()
 async def list_models(request: Request) -> Response:
     """All names."""
     server: Server = request.app.state.server
-    return JSONReply({"object": "list", "data": [_model(name, server) for name in server.settings.model_names]})
+    return JSONReply({"object": "list", "data": [_model(name, server) for name in server.settings.names]})
 
 
 @router.get("/v1/models/{name:path}", **described(None, Model))
@@ -27,11 +27,13 @@ async def retrieve_model(name: str, request: Request) -> Response:
 
 
 def _model(name: str, server: Server) -> dict:
+    base = server.settings.model_names[0]
     return {
         "id": name,
         "object": "model",
         "created": server.started,
         "owned_by": "qwenvl-jax",
-        "root": server.settings.model_names[0],
+        "root": base,
+        "parent": base if name in server.settings.adapters else None,
         "max_model_len": server.max_length,
     }

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,12 @@ from PIL import Image
 from qwenvl_jax.config import UserError
 from qwenvl_jax.inference.sampling import SamplingOptions
 from qwenvl_jax.processing.template import Prompt
+from qwenvl_jax.serving import react
 from qwenvl_jax.serving.errors import APIError, from_user_error
 from qwenvl_jax.serving.media import ImageError
-from qwenvl_jax.serving.schema import ImagePart, Message, Sampling, TextPart
+from qwenvl_jax.serving.messages import ImagePart, Message, TextPart
+from qwenvl_jax.serving.react import Tool
+from qwenvl_jax.serving.schema import Sampling
 from qwenvl_jax.serving.state import Server
 
 NO_WINDOW = 2**31 - 1  # old turns are never left out: a prompt that is too long is refused
@@ -39,18 +42,19 @@ class Prepared:
     prompt: Prompt
     image_tokens: int
     picture_keys: tuple[bytes, ...] = ()
+    begun: str = ""  # what the prompt has of the reply already
 
     @property
     def tokens(self) -> int:
         return len(self.prompt.input_ids)
 
 
-async def from_messages(messages: Sequence[Message], server: Server) -> Prepared:
+async def from_messages(messages: Sequence[Message], server: Server, tools: Sequence[Tool] = ()) -> Prepared:
     """The prompt of a conversation, its pictures loaded. Raises APIError that names the part."""
     parts = [
         (f"messages.{i}.content.{j}", part)
         for i, message in enumerate(messages)
-        for j, part in enumerate(message.content)
+        for j, part in enumerate(message.content or ())
     ]
     _check_size((part.text for _, part in parts if isinstance(part, TextPart)), server, "messages")
     urls = {f"{place}.image_url.url": part.image_url.url for place, part in parts if isinstance(part, ImagePart)}
@@ -62,7 +66,7 @@ async def from_messages(messages: Sequence[Message], server: Server) -> Prepared
     pictures = await asyncio.gather(*(server.with_pictures(_load, place, url, server) for place, url in urls.items()))
     if pictures:
         server.metrics.images.observe(time.monotonic() - began)
-    return await server.with_prompts(_of_conversation, messages, pictures, server)
+    return await server.with_prompts(_of_conversation, messages, pictures, server, tools)
 
 
 def _load(place: str, url: str, server: Server) -> Image.Image:
@@ -73,25 +77,61 @@ def _load(place: str, url: str, server: Server) -> Image.Image:
         raise APIError(400, error.code, f"{place}: {error}", place) from None
 
 
-def _of_conversation(messages: Sequence[Message], pictures: Sequence[Image.Image], server: Server) -> Prepared:
+def _of_conversation(
+    messages: Sequence[Message], pictures: Sequence[Image.Image], server: Server, tools: Sequence[Tool]
+) -> Prepared:
     left = iter(pictures)
     conversation: list[dict[str, Any]] = []
-    for message in messages:
-        parts: list[dict[str, Any]] = []
-        for part in message.content:
-            if isinstance(part, ImagePart):
-                parts.append({"type": "image", "image": next(left)})
-            else:
-                parts.append(part.model_dump(exclude_none=True))
-        role = "system" if message.role == "developer" else message.role
-        conversation.append({"role": role, "content": parts})
+    begun = ""
+    if tools or any(message.role in ("tool", "function") or _calls(message) for message in messages):
+        try:
+            conversation, begun = react.conversation([_turn(message, left) for message in messages], tools)
+        except ValueError as error:
+            number, _, problem = str(error).partition(" ")
+            raise APIError(400, "invalid_value", f"messages.{number}: {problem}", f"messages.{number}") from None
+    else:
+        for message in messages:
+            role = "system" if message.role == "developer" else message.role
+            conversation.append({"role": role, "content": _parts(message, left)})
     processor = server.vlm.processor
     try:
-        prompt = processor.chat(conversation, NO_WINDOW)
+        prompt = processor.chat(conversation, NO_WINDOW, begun)
     except UserError as error:
         raise from_user_error(error) from None
     image_tokens = len(prompt.pixels) * processor.tokenizer.n_queries
-    return Prepared(prompt, image_tokens, tuple(map(digest, pictures)))
+    return Prepared(prompt, image_tokens, tuple(map(digest, pictures)), begun)
+
+
+def _parts(message: Message, pictures: Iterator[Image.Image]) -> list[dict[str, Any]]:
+    """The parts of a message in the form of a processor, pictures in place of their URLs."""
+    parts: list[dict[str, Any]] = []
+    for part in message.content or ():
+        shown = isinstance(part, ImagePart)
+        parts.append({"type": "image", "image": next(pictures)} if shown else part.model_dump(exclude_none=True))
+    return parts
+
+
+def _calls(message: Message) -> list[tuple[str, react.Call]]:
+    """The calls of an assistant's message with their ids. The older form has one, without an id."""
+    if message.role != "assistant":
+        return []
+    calls = [(call.id, call.function) for call in message.tool_calls or ()]
+    if message.function_call is not None:
+        calls.append((react.new_id(), message.function_call))
+    return [(call_id, react.Call(function.name, function.arguments)) for call_id, function in calls]
+
+
+def _turn(message: Message, pictures: Iterator[Image.Image]) -> react.Turn:
+    match message.role:
+        case "user":
+            return react.Turn("user", tuple(_parts(message, pictures)))
+        case "system" | "developer":
+            return react.Turn("system", tuple(_parts(message, pictures)))
+    text = "".join(part.text for part in message.content or () if isinstance(part, TextPart))
+    if message.role == "assistant":
+        return react.Turn("assistant", text=text, calls=tuple(_calls(message)))
+    call_id = message.tool_call_id if message.role == "tool" else None
+    return react.Turn("tool", text=text, call_id=call_id)
 
 
 def from_text(text: str | Sequence[int], server: Server, param: str) -> Prepared:

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls", "function_call"]
 
 
 class _Response(BaseModel):
@@ -28,6 +28,7 @@ class Model(_Response):
     created: int
     owned_by: str
     root: str
+    parent: str | None
     max_model_len: int | None
 
 
@@ -64,10 +65,23 @@ class ChatLogprobs(_Response):
     refusal: Any
 
 
+class CalledFunction(_Response):
+    name: str
+    arguments: str
+
+
+class Call(_Response):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class ChatMessage(_Response):
     role: Literal["assistant"]
     content: str | None
     refusal: str | None
+    tool_calls: list[Call] | None = None
+    function_call: CalledFunction | None = None
 
 
 class ChatChoice(_Response):

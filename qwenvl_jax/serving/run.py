@@ -105,7 +105,7 @@ class _Process:
     def _install(self, vlm: VLM, engine: Engine) -> None:
         self._engine = engine
         self._server.install(vlm, engine)
-        self._say(f"ready: {', '.join(self._server.settings.model_names)}, {engine.max_length} tokens")
+        self._say(f"ready: {', '.join(self._server.settings.names)}, {engine.max_length} tokens")
 
     def _give_up(self, status: int) -> None:
         self._status = status

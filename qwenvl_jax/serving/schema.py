@@ -5,15 +5,23 @@ clients send many that mean nothing here (`user`, `store`, `metadata`, ...). Fie
 that this server does not have are `Refused`. What needs the model (lengths, ids, pictures) is checked in `prompts.py`.
 """
 
-import dataclasses
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError, core_schema
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from qwenvl_jax.serving.errors import APIError
+from qwenvl_jax.serving.messages import (
+    FunctionChoice,
+    Functions,
+    Messages,
+    Number,
+    Refused,
+    Strict,
+    ToolChoice,
+    Tools,
+)
 
-MOST_PARTS = 4096  # of a list in a request: a longer one would keep the event loop busy
 MOST_TOKENS = 2**17  # of a prompt that is given as token ids
 MOST_REPLIES = 128  # n
 MOST_STOPS = 4
@@ -22,33 +30,6 @@ LONGEST_STOP = 256  # characters; the search for stop strings costs time for eve
 MOST_BIASES = 300
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
-
-
-@dataclasses.dataclass(frozen=True)
-class Refused:
-    """Of a field that this server does not have: only values that ask for nothing pass."""
-
-    allowed: tuple[Any, ...]
-    advice: str = "leave it out"
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
-        return core_schema.no_info_plain_validator_function(self._check)
-
-    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
-        return {"enum": list(self.allowed)}
-
-    def _check(self, value: Any) -> Any:
-        if not any(value == other and type(value) is type(other) for other in self.allowed):
-            raise PydanticCustomError(
-                "unsupported", "is not supported by this server: {advice}", {"advice": self.advice}
-            )
-        return value
-
-
-Tools = Annotated[Any, Refused((None, []), "leave it out and describe the tools in the prompt")]
-ToolChoice = Annotated[Any, Refused((None, "none", "auto"))]
 Modalities = Annotated[Any, Refused((None, ["text"]), "only text is generated")]
 Nothing = Annotated[Any, Refused((None,))]
 Off = Annotated[Any, Refused((None, False))]
@@ -68,21 +49,20 @@ Stop = Annotated[
 ]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]  # keys of JSON objects are strings
-Number = Annotated[float, Field(allow_inf_nan=False)]
 Penalty = Annotated[Number, Field(ge=-2, le=2)]
 Bias = Annotated[Number, Field(ge=-100, le=100)]
 Probability = Annotated[Number, Field(ge=0, le=1)]
 
 
-class AnyText(_Strict):
+class AnyText(Strict):
     type: Literal["text"]
 
 
-class JsonObject(_Strict):
+class JsonObject(Strict):
     type: Literal["json_object"]
 
 
-class NamedSchema(_Strict):
+class NamedSchema(Strict):
     """strict: taken and without effect, since the reply follows the schema in any case."""
 
     name: Annotated[str, Field(max_length=64)] | None = None
@@ -91,12 +71,12 @@ class NamedSchema(_Strict):
     strict: bool | None = None
 
 
-class JsonSchema(_Strict):
+class JsonSchema(Strict):
     type: Literal["json_schema"]
     json_schema: NamedSchema
 
 
-class Regex(_Strict):
+class Regex(Strict):
     """An extension: the whole reply matches."""
 
     type: Literal["regex"]
@@ -106,12 +86,12 @@ class Regex(_Strict):
 ResponseFormat = Annotated[AnyText | JsonObject | JsonSchema | Regex, Field(discriminator="type")]
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool | None = None
     continuous_usage_stats: Off = None
 
 
-class Sampling(_Strict):
+class Sampling(Strict):
     """What chat and completions have in common. A field that is absent or null takes the model's own default."""
 
     model: str
@@ -159,92 +139,15 @@ class Sampling(_Strict):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class TextPart(_Strict):
-    type: Literal["text"]
-    text: str
-
-
-def _image_url_hint(value: Any) -> Any:
-    if isinstance(value, str):
-        raise PydanticCustomError("string_instead_of_object_type", 'must be an object, {"url": "..."}, not a string')
-    return value
-
-
-class ImageURL(_Strict):
-    """detail: taken and without effect, since the model sees every picture at one size."""
-
-    url: str
-    detail: Literal["auto", "low", "high"] | None = None
-
-
-class ImagePart(_Strict):
-    type: Literal["image_url"]
-    image_url: Annotated[ImageURL, BeforeValidator(_image_url_hint)]
-
-
-class RefPart(_Strict):
-    """An extension: a label whose box is asked for."""
-
-    type: Literal["ref"]
-    ref: str
-
-
-class BoxPart(_Strict):
-    """An extension: left, top, right, bottom in pixels of the picture of that number, counted from 0, or the latest."""
-
-    type: Literal["box"]
-    box: Annotated[list[Number], Field(min_length=4, max_length=4)]
-    label: str | None = None
-    image: Annotated[int, Field(ge=0)] | None = None
-
-
-class QuadPart(_Strict):
-    """An extension: the four corners of something slanted, as x1, y1 to x4, y4."""
-
-    type: Literal["quad"]
-    quad: Annotated[list[Number], Field(min_length=8, max_length=8)]
-    label: str | None = None
-    image: Annotated[int, Field(ge=0)] | None = None
-
-
-Part = Annotated[TextPart | ImagePart | RefPart | BoxPart | QuadPart, Field(discriminator="type")]
-
-
-def _text_as_parts(value: Any) -> Any:
-    if isinstance(value, str):
-        return [{"type": "text", "text": value}]
-    if not isinstance(value, list):
-        raise PydanticCustomError("content_type", "must be a string or a list of parts")
-    return value
-
-
-Content = Annotated[
-    list[Part],
-    Field(min_length=1, max_length=MOST_PARTS, fail_fast=True),
-    BeforeValidator(_text_as_parts, json_schema_input_type=str | Annotated[list[Part], Field(min_length=1)]),
-]
-
-
-class Message(_Strict):
-    """developer: OpenAI's newer name of system."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-    tool_calls: Tools = None
-
-
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_PARTS, fail_fast=True)]
-
-
 class ChatRequest(Sampling):
     messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    tools: Tools = None
-    tool_choice: ToolChoice = None
-    functions: Tools = None
-    function_call: ToolChoice = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    functions: Functions | None = None
+    function_call: FunctionChoice | None = None
     response_format: ResponseFormat | None = None
     modalities: Modalities = None
     audio: Nothing = None
@@ -256,6 +159,11 @@ class ChatRequest(Sampling):
         super().check_together()
         if self.top_logprobs is not None and not self.logprobs:
             raise APIError(400, "invalid_value", "top_logprobs: only with logprobs: true", "top_logprobs")
+        if self.tools and self.functions:
+            raise APIError(400, "invalid_value", "functions: the older name of tools; give one of them", "functions")
+        formed = self.response_format is not None and self.response_format.type != "text"
+        if formed and (self.tools or self.functions):
+            raise APIError(400, "unsupported_parameter", "response_format: not with tools", "response_format")
 
     @property
     def most_tokens(self) -> int | None:
@@ -298,7 +206,7 @@ class CompletionRequest(Sampling):
         return self.replies * len(self.prompt)
 
 
-class TokenizeRequest(_Strict):
+class TokenizeRequest(Strict):
     """One of prompt and messages."""
 
     model: str
@@ -311,6 +219,6 @@ class TokenizeRequest(_Strict):
             raise APIError(400, "invalid_value", "prompt: give one of prompt and messages", "prompt")
 
 
-class DetokenizeRequest(_Strict):
+class DetokenizeRequest(Strict):
     model: str
     tokens: Annotated[list[TokenId], Field(max_length=MOST_TOKENS, fail_fast=True)]

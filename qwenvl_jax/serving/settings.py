@@ -9,10 +9,12 @@ MEGABYTE = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """model_names: what `model` in a request may say; the first is the model's own. api_keys: one of them must be sent,
-    where there are any. max_queue: requests that are answered or wait at one time. Seconds are of wall clock."""
+    """model_names: what `model` in a request may say; the first is the model's own. adapters: the names of its
+    adapters, which `model` may say, too. api_keys: one of them must be sent, where there are any. max_queue: requests
+    that are answered or wait at one time. Seconds are of wall clock."""
 
     model_names: tuple[str, ...] = ("tiny",)
+    adapters: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
     max_queue: int = 128
     max_body_bytes: int = 32 * MEGABYTE
@@ -26,3 +28,8 @@ class Settings:
     drain_seconds: float = 30  # for answers under way when the server is told to stop
     ping_seconds: float = 15  # of silence in a stream before a comment is sent, so that proxies keep it open
     stall_seconds: float = 60  # without a step of an engine that has work, before it counts as stuck
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that `model` may say."""
+        return self.model_names + self.adapters

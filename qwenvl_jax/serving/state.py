@@ -132,6 +132,10 @@ class Server:
             self._active.discard(replies)
             replies.cancel()
 
+    def adapter(self, name: str) -> int:
+        """The engine's number of the adapter of that name; 0 for the model itself."""
+        return self.settings.adapters.index(name) + 1 if name in self.settings.adapters else 0
+
     def note_disconnect(self) -> None:
         """A client went away before the end of its answer."""
         self.metrics.disconnects.inc()

@@ -12,6 +12,7 @@ import pytest
 from conftest import TESTS
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from weights import trained
 
 import qwenvl_jax
 from qwenvl_jax.checkpoints.adapters import add_adapters, trainable_paths
@@ -117,18 +118,6 @@ RECIPES = {
     ),
     "dora": LoraRecipe(rank=2, use_dora=True, bias="lora_only", targets=("c_attn", "in_proj")),
 }  # fmt: skip
-
-
-def trained(model, recipe):
-    """New adapters with random values in all that training would change."""
-    adapted = add_adapters(model, recipe, nnx.Rngs(0))
-    random = np.random.default_rng(0)
-    moving, leaves = trainable_paths(adapted, recipe), param_paths(adapted)
-    values = [
-        leaf + jnp.asarray(0.1 * random.standard_normal(leaf.shape), leaf.dtype) if path in moving else leaf
-        for path, leaf in leaves.items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(adapted), values)
 
 
 def assert_same(model, other):

@@ -1,18 +1,17 @@
 """The engine: a request gets what it gets alone, whoever shares the batch; nothing is compiled, lost or left over."""
 
-import threading
 import time
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from prompts import picture_prompt, run, text_prompt
+from prompts import Listening, ask, longer, picture_prompt, run, text_prompt
 
 from qwenvl_jax.config import UserError
 from qwenvl_jax.inference.decode import Generator
 from qwenvl_jax.inference.engine import Engine, EngineOptions
 from qwenvl_jax.inference.programs import NotCompiled
-from qwenvl_jax.inference.requests import Request, TokenChoice, Update
+from qwenvl_jax.inference.requests import Request
 from qwenvl_jax.inference.sampling import SamplingOptions, controls
 from qwenvl_jax.inference.slots import LiveBatch
 from qwenvl_jax.models.qwen_vl import frequencies
@@ -43,40 +42,6 @@ def nothing_is_left(engine) -> Iterator[None]:
     assert (engine.running, engine.waiting, engine.recompiles, engine.cache_usage) == (0, 0, 0, 0)
 
 
-class Listening:
-    """What an engine tells of a request."""
-
-    def __init__(self) -> None:
-        self.updates: list[Update] = []
-        self.ended = threading.Event()
-
-    def __call__(self, update: Update) -> None:
-        self.updates.append(update)
-        if update.finish_reason is not None:
-            self.ended.set()
-
-    @property
-    def last(self) -> Update:
-        assert self.ended.wait(60), self.updates
-        return self.updates[-1]
-
-    @property
-    def tokens(self) -> list[TokenChoice]:
-        assert self.last.finish_reason != "error", self.last.error
-        return [choice for update in self.updates for choice in update.choices]
-
-    @property
-    def text(self) -> str:
-        assert self.last.finish_reason != "error", self.last.error
-        return "".join(update.text for update in self.updates)
-
-
-def ask(engine: Engine, prompt: Prompt, options: SamplingOptions | None = None, **more) -> Listening:
-    listening = Listening()
-    engine.submit(Request(prompt, options or SamplingOptions(max_new_tokens=9), **more), listening)
-    return listening
-
-
 def texts(replies: list[list[int]]) -> list[str]:
     return ["".join(TABLE[token].decode() for token in reply) for reply in replies]
 
@@ -99,12 +64,6 @@ def test_everyone_gets_what_it_gets_alone(engine, generator):
         assert {reply.last.finish_reason for reply in replies} == {"length"}
     pictures = [picture.tobytes() for prompt in prompts for picture in prompt.pixels]
     assert engine.picture_hits == (2 * len(pictures) - len(set(pictures)), 2 * len(pictures))
-
-
-def longer(prompt: Prompt, by: int, seed: int = 5) -> Prompt:
-    more = text_prompt(by, seed)
-    ids = np.concatenate([prompt.input_ids, more.input_ids])
-    return Prompt(ids, np.concatenate([prompt.image_slots, more.image_slots]), prompt.pixels, [])
 
 
 @pytest.mark.parametrize("by", [4, 24, 100])
@@ -233,6 +192,17 @@ def test_who_is_cancelled_hears_nothing_and_the_others_do_not_notice(engine, gen
         engine.cancel(reply)
     assert stays.text == expected
     assert not any(listening.ended.is_set() for listening, _ in gone)
+
+
+def test_a_row_is_clean_after_a_reply_that_was_no_numbers(engine, generator):
+    """The next one in it is shorter, so that it does not write over all that was there."""
+    option = SamplingOptions(max_new_tokens=40)
+    for seed in range(3):
+        broken = picture_prompt(120, seed=seed + 40, pictures=2)
+        broken.pixels[:] = np.nan
+        assert ask(engine, broken, option).last.finish_reason == "error"
+        prompt = text_prompt(20, seed)
+        assert [ask(engine, prompt, option).text] == texts(run(generator, [prompt], option))
 
 
 def test_logits_that_are_no_numbers_end_their_own_reply(engine, generator):

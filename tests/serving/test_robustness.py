@@ -168,10 +168,8 @@ def test_a_client_that_goes_away_gives_its_place_back(small, stream):
     assert small.metric("num_requests_running") + small.metric("num_requests_waiting") == 2
     for connection in reversed(connections):
         connection.close()
-    began = time.monotonic()
-    small.wait_until_idle(2)
+    small.wait_until_idle(10)  # of the thirty seconds and more that both replies would take
     assert small.client.post(PATH, json=chat(max_tokens=1)).status_code == 200
-    assert time.monotonic() - began < 3
     assert small.metric("client_disconnects_total") == before + 2
 
 
