@@ -5,6 +5,8 @@ import ast
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -31,6 +33,12 @@ def test_the_table_of_flags_is_the_parsers():
     actions = [action for action in cli.parser()._actions if action.dest != "help"]
     rows = [f"| `{action.option_strings[-1]}` | {value_of(action)} | {action.help} |\n" for action in actions]
     assert table("Flags") == "".join(rows)
+
+
+def test_the_table_of_what_fits_is_the_scripts():
+    command = [sys.executable, "benchmarks/serving_memory.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert table("What fits") == "".join(done.stdout.splitlines(keepends=True)[2:])
 
 
 @pytest.fixture(scope="module")
