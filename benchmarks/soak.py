@@ -2,13 +2,15 @@
 
 Starts `serve.py` with the tiny model, asks a few dozen questions one by one, and then has many clients ask them again
 in any order, as streams and whole, between clients that go away in the middle and requests that are garbage. Says what
-was lost, what was answered otherwise than alone, and how the server's memory grew; exit status 1 for any of these.
+was lost, what was answered otherwise than alone, and how the server's memory grew; exit status 1 for any of these. Then
+it kills the server in the middle of streams and says how soon another is ready.
 """
 
 import argparse
 import asyncio
 import base64
 import collections
+import contextlib
 import dataclasses
 import io
 import json
@@ -17,6 +19,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -42,6 +45,7 @@ SCHEMA = {
 }
 FIRST_MINUTE = 60  # seconds after which memory must stay as it is
 MOST_GROWTH = 0.05
+KILLED_STREAMS = 32
 
 
 @dataclasses.dataclass
@@ -228,6 +232,18 @@ def main() -> int:
     random.seed(0)
     console = Console()
     command = [sys.executable, "serve.py", "--port", "0", "--slots", str(options.slots), "--max-model-len", "1024"]
+    with started(command, console) as (server, url, _):
+        status = asyncio.run(soak(url, server.pid, options, console))
+        ended = asyncio.run(killed(url, server))
+    with started(command, console) as (_, _, seconds):
+        console.print(f"killed with {KILLED_STREAMS} streams, of which {ended} noticed; ready again in {seconds:.1f} s")
+    return status or int(ended != KILLED_STREAMS)
+
+
+@contextlib.contextmanager
+def started(command: list[str], console: Console) -> Iterator[tuple[subprocess.Popen, str, float]]:
+    """A server that is ready, where it listens, and the seconds that it took."""
+    began = time.monotonic()
     with subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as server:
@@ -239,10 +255,29 @@ def main() -> int:
                 if found := re.search(r"listening on (http://\S+)", line):
                     url = found[1]
                 if line.startswith("ready"):
-                    return asyncio.run(soak(url, server.pid, options, console))
-            return 1
+                    break
+            else:
+                sys.exit("the server did not start")
+            yield server, url, time.monotonic() - began
         finally:
             server.terminate()
+
+
+async def killed(url: str, server: subprocess.Popen) -> int:
+    """Kills the server while streams run, and returns how many of these notice: none may wait for ever."""
+
+    async def stream(client: httpx.AsyncClient) -> bool:
+        try:
+            await ask(client, questions(1)[0] | {"max_tokens": 900, "min_tokens": 900}, stream=True)
+        except (httpx.HTTPError, RuntimeError):
+            return True
+        return False
+
+    async with httpx.AsyncClient(base_url=url, timeout=30, trust_env=False) as client:
+        streams = [asyncio.create_task(stream(client)) for _ in range(KILLED_STREAMS)]
+        await asyncio.sleep(1)
+        server.kill()
+        return sum(await asyncio.gather(*streams))
 
 
 if __name__ == "__main__":

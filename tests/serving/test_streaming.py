@@ -121,7 +121,8 @@ def test_the_official_client_reads_a_stream(openai):
         ({"messages": user("word " * 4000), "max_tokens": None}, 400, "context_length_exceeded"),
         ({"max_tokens": 5000}, 400, "context_length_exceeded"),
         ({"model": "gpt-5"}, 404, "model_not_found"),
-        ({"tools": [{}]}, 400, "unsupported_parameter"),
+        ({"tools": [{}]}, 400, "missing_required_parameter"),
+        ({"audio": {}}, 400, "unsupported_parameter"),
     ],
     ids=str,
 )
