@@ -6,7 +6,6 @@ shape is compiled by `warm_up`; after that a program that is not there is an err
 """
 
 import dataclasses
-import hashlib
 import logging
 import os
 import threading
@@ -29,6 +28,7 @@ from qwenvl_jax.inference.sampling import controls
 from qwenvl_jax.inference.slots import LiveBatch
 from qwenvl_jax.inference.steps import Grown
 from qwenvl_jax.models.qwen_vl import frequencies
+from qwenvl_jax.processing.images import picture_key
 
 STEPS_PER_TURN = 4  # decode steps between two looks at what is new
 TOKENS_PER_TURN = 512  # of prompts read in a turn while replies are waiting for their next token
@@ -122,8 +122,7 @@ class Engine:
         logprobs = request.alternatives is not None
         chosen = controls([option], request.stop_ids, vocabulary, logprobs=logprobs, allowed=allowed)
         if len(request.picture_keys) != len(request.prompt.pixels):
-            keys = tuple(hashlib.sha256(picture.tobytes()).digest() for picture in request.prompt.pixels)
-            request = dataclasses.replace(request, picture_keys=keys)
+            request = dataclasses.replace(request, picture_keys=tuple(map(picture_key, request.prompt.pixels)))
         if generator.adapts_pictures:  # the same pixels have other features
             keys = tuple(key + request.adapter.to_bytes(4) for key in request.picture_keys)
             request = dataclasses.replace(request, picture_keys=keys)

@@ -83,10 +83,7 @@ def completion_logprobs(
     return {
         "tokens": list(pieces),
         "token_logprobs": [_finite(choice.logprob) for choice in choices],
-        "top_logprobs": [
-            {texts.text(token): _finite(logprob) for token, logprob in reversed(choice.alternatives)}
-            for choice in choices
-        ],
+        "top_logprobs": [_by_text(texts, choice) for choice in choices],
         "text_offset": offsets,
     }
 

@@ -5,7 +5,6 @@ Pictures and long texts take their time and are read in worker threads; the rest
 
 import asyncio
 import dataclasses
-import hashlib
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ from PIL import Image
 
 from qwenvl_jax.config import UserError
 from qwenvl_jax.inference.sampling import SamplingOptions
+from qwenvl_jax.processing.images import picture_key
 from qwenvl_jax.processing.template import Prompt
 from qwenvl_jax.serving import react
 from qwenvl_jax.serving.errors import APIError, from_user_error
@@ -99,7 +99,7 @@ def _of_conversation(
     except UserError as error:
         raise from_user_error(error) from None
     image_tokens = len(prompt.pixels) * processor.tokenizer.n_queries
-    return Prepared(prompt, image_tokens, tuple(map(digest, pictures)), begun)
+    return Prepared(prompt, image_tokens, tuple(map(picture_key, prompt.pixels)), begun)
 
 
 def _parts(message: Message, pictures: Iterator[Image.Image]) -> list[dict[str, Any]]:
@@ -163,12 +163,6 @@ def _check_size(texts: Iterable[str], server: Server, param: str) -> None:
     if least > server.engine.max_length:
         message = f"{param}: more than {least} tokens of text; this model takes {server.engine.max_length}; shorten it"
         raise APIError(400, "context_length_exceeded", message, param)
-
-
-def digest(picture: Image.Image) -> bytes:
-    """Equal for equal RGB pixels, and for no others."""
-    size = b"%d %d " % picture.size
-    return hashlib.sha256(size + picture.tobytes()).digest()
 
 
 def options(body: Sampling, prepared: Prepared, server: Server) -> list[SamplingOptions]:

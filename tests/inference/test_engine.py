@@ -178,6 +178,26 @@ def test_a_constrained_reply_has_its_form_and_the_others_do_not_notice(engine, g
     assert "too hard a grammar" in failing.last.error
 
 
+def test_a_row_is_free_two_turns_after_its_client_has_gone(engine, monkeypatch):
+    turns, decode = [], LiveBatch.decode
+
+    def counted(self, steps):
+        turns.append(steps)
+        return decode(self, steps)
+
+    monkeypatch.setattr(LiveBatch, "decode", counted)
+    listening = Listening()
+    reply = engine.submit(Request(text_prompt(30), SamplingOptions(max_new_tokens=200)), listening)
+    while not listening.updates:
+        time.sleep(0.001)
+    engine.cancel(reply)
+    before = len(turns)
+    while engine.running:
+        time.sleep(0.001)
+    assert len(turns) - before <= 2
+    assert not listening.ended.is_set()
+
+
 def test_who_is_cancelled_hears_nothing_and_the_others_do_not_notice(engine, generator):
     prompt = text_prompt(30)
     expected = texts(run(generator, [prompt], SamplingOptions(max_new_tokens=60)))[0]
