@@ -37,10 +37,10 @@ BANDWIDTHS = {
 }
 
 
-def their_settings(config: QwenVLConfig, merge: int = 2):
+def their_settings(config: QwenVLConfig):
     """A Qwen2_5_VLConfig whose language model has the shape of ours and whose vision tower its width and depth.
 
-    merge: patches per side that make one picture token.
+    A picture of theirs has as many patches and tokens as one of ours.
     """
     from transformers import Qwen2_5_VLConfig
 
@@ -67,7 +67,7 @@ def their_settings(config: QwenVLConfig, merge: int = 2):
         "num_heads": visual.heads,
         "intermediate_size": visual.mlp_width,
         "patch_size": visual.patch_size,
-        "spatial_merge_size": merge,
+        "spatial_merge_size": visual.grid // visual.query_grid,
         "window_size": 8 * visual.patch_size,
         "fullatt_block_indexes": [visual.layers - 1],
         "out_hidden_size": config.hidden_size,

@@ -85,10 +85,9 @@ def ours(config: QwenVLConfig, vocabulary: Path, prompt_tokens: int) -> tuple[Ca
 def theirs(config: QwenVLConfig, prompt_tokens: int) -> tuple[Callable[[int], object], int]:
     """The same of Qwen2.5-VL in transformers, and its language model's number of parameters.
 
-    A picture takes as many tokens as ours, rounded up to a square; the vision tower has the width and depth of ours.
+    A picture takes as many patches and tokens as ours; the vision tower has the width and depth of ours.
     """
-    visual = config.visual
-    side = 2 * visual.query_grid  # patches per side; four make one token
+    visual, side = config.visual, config.visual.grid  # patches per side
     torch.manual_seed(0)
     model = Qwen2_5_VLForConditionalGeneration(their_settings(config)).eval()
     start = visual.image_start_id

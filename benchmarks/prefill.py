@@ -118,8 +118,7 @@ def theirs(config: QwenVLConfig, options: Options) -> dict[tuple, Callable[[], o
 
     torch.manual_seed(0)
     visual, side = config.visual, config.visual.grid  # patches per side
-    merge = side // visual.query_grid
-    model = Qwen2_5_VLForConditionalGeneration(their_settings(config, merge)).eval()
+    model = Qwen2_5_VLForConditionalGeneration(their_settings(config)).eval()
     calls: dict[tuple, Callable[[], object]] = {}
 
     def call(inputs: dict[str, Any], threads: int) -> Callable[[], object]:

@@ -68,7 +68,7 @@ def save_theirs(folder: Path) -> int:
         tokenizer_object=made.converted(), eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
     visual = config.visual
-    settings = their_settings(config, merge=visual.grid // visual.query_grid)
+    settings = their_settings(config)
     for name, token in zip(("vision_start", "image", "vision_end", "video"), (*PICTURE, "<|video_pad|>"), strict=True):
         setattr(settings, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
     torch.manual_seed(0)
@@ -180,7 +180,7 @@ def main() -> int:
     add = parser.add_argument
     add("--concurrency", type=int, nargs="+", default=[1, 32], help="clients at once (1 32)")
     add("--rounds", type=int, default=3, help="of every side and number of clients, in turns (3)")
-    add("--requests", type=int, default=64, help="of a round (64)")
+    add("--requests", type=int, default=128, help="of a round (128)")
     add("--tokens", type=int, default=64, help="of each answer (64)")
     add("--words", type=int, default=12, help="of each question (12)")
     add("--picture-share", type=float, default=0.5, help="of requests with a picture (0.5)")
