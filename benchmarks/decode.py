@@ -18,12 +18,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import tyro
-from common import described, machine, their_settings
+from common import Peaks, described, machine, peaks, their_settings, timed
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
@@ -35,6 +34,7 @@ from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.models.qwen_vl import QwenVL
 from qwenvl_jax.processing.tokenizer import Tokenizer
 from qwenvl_jax.sharding import param_paths
+from qwenvl_jax.training.flops import step_cost
 from qwenvl_jax.training.recipe import NewModel
 
 try:
@@ -85,10 +85,9 @@ def ours(config: QwenVLConfig, vocabulary: Path, prompt_tokens: int) -> tuple[Ca
 def theirs(config: QwenVLConfig, prompt_tokens: int) -> tuple[Callable[[int], object], int]:
     """The same of Qwen2.5-VL in transformers, and its language model's number of parameters.
 
-    A picture takes as many tokens as ours, rounded up to a square; the vision tower has the width and depth of ours.
+    A picture takes as many patches and tokens as ours; the vision tower has the width and depth of ours.
     """
-    visual = config.visual
-    side = 2 * visual.query_grid  # patches per side; four make one token
+    visual, side = config.visual, config.visual.grid  # patches per side
     torch.manual_seed(0)
     model = Qwen2_5_VLForConditionalGeneration(their_settings(config)).eval()
     start = visual.image_start_id
@@ -112,32 +111,6 @@ def theirs(config: QwenVLConfig, prompt_tokens: int) -> tuple[Callable[[int], ob
     return reply, parameters
 
 
-def seconds(reply: Callable[[int], object], tokens: int) -> float:
-    start = time.perf_counter()
-    reply(tokens)
-    return time.perf_counter() - start
-
-
-def read_speed(size: int, threads: int) -> float:
-    """Bytes per second at which `threads` threads together read an array of `size` bytes again and again."""
-    parts = np.array_split(np.ones(size // 4, np.float32), threads)
-    rounds = max(1, 400_000_000 // size)
-
-    def read(part: np.ndarray) -> None:
-        for _ in range(rounds):
-            np.dot(part, part)
-
-    with ThreadPoolExecutor(threads) as pool:
-        best = min(_timed(lambda: list(pool.map(read, parts))) for _ in range(3))
-    return size * rounds / best
-
-
-def _timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def in_turns(
     sides: dict[str, Callable[[int], object]], options: Options
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
@@ -150,8 +123,8 @@ def in_turns(
     for _ in range(options.repetitions):
         for name, reply in sides.items():
             time.sleep(0.05)  # threads of the side before come to rest
-            first[name].append(seconds(reply, 1))
-            per_token[name].append((seconds(reply, options.tokens + 1) - first[name][-1]) / options.tokens)
+            first[name].append(timed(reply, 1))
+            per_token[name].append((timed(reply, options.tokens + 1) - first[name][-1]) / options.tokens)
     return first, per_token
 
 
@@ -184,8 +157,9 @@ def measure(options: Options) -> dict:
         sides[f"transformers, {threads} thread{'s' * (threads > 1)}"] = with_threads(threads)
     first, per_token = in_turns(sides, options)
     best = min((name for name in sides if name != "qwenvl_jax"), key=lambda name: statistics.median(per_token[name]))
-    read = bytes_per_token(config, sizes, prompt_tokens + options.tokens / 2)
-    speed = max(read_speed(read, threads) for threads in {1, os.cpu_count() or 1})
+    context, cost = prompt_tokens + options.tokens / 2, step_cost(config, {})
+    read, flops = bytes_per_token(config, sizes, context), cost.flops(1, context, 1, 0)
+    peak = peaks("float32", read)
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(("jax", "jaxlib", "flax", "torch", "transformers", "numpy")),
@@ -199,8 +173,10 @@ def measure(options: Options) -> dict:
         "times_as_fast": statistics.median(per_token[best]) / statistics.median(per_token["qwenvl_jax"]),
         "times_as_fast_by_repetition": [b / a for a, b in zip(per_token["qwenvl_jax"], per_token[best], strict=True)],
         "bytes_read_per_token": read,
-        "bytes_per_second": speed,
-        "limit_seconds_per_token": read / speed,
+        "flops_per_token": flops,
+        "peaks": dataclasses.asdict(peak),
+        "limit_seconds_per_token": peak.limit(flops, read),
+        "limited_by": peak.bound(flops, read),
     }
 
 
@@ -214,18 +190,19 @@ def show(result: dict, console: Console) -> None:
         first = 1e3 * statistics.median(result["seconds_to_first_token"][name])
         table.add_row(name, f"{1e3 * median:.3f}", spread, f"{1 / median:,.0f}", f"{first:.1f}")
     limit = result["limit_seconds_per_token"]
-    table.add_row("reading the weights alone", f"{1e3 * limit:.3f}", "", f"{1 / limit:,.0f}", "")
+    row = {"bytes": "reading the weights alone", "FLOPs": "the FLOPs alone"}[result["limited_by"]]
+    table.add_row(row, f"{1e3 * limit:.3f}", "", f"{1 / limit:,.0f}", "")
     console.print(table)
     pairs = result["times_as_fast_by_repetition"]
-    megabytes, gigabytes = result["bytes_read_per_token"] / 1e6, result["bytes_per_second"] / 1e9
+    megabytes, megaflops = result["bytes_read_per_token"] / 1e6, result["flops_per_token"] / 1e6
     reached = limit / statistics.median(result["seconds_per_token"]["qwenvl_jax"])
     console.print(
         f"[bold]{result['times_as_fast']:.1f} times as fast[/bold] as {result['fastest_transformers']} "
         f"({min(pairs):.1f} to {max(pairs):.1f} over {len(pairs)} repetitions)\n"
         f"language model: {result['language_model_parameters']:,} parameters; prompt {result['prompt_tokens']} tokens, "
         f"one picture; reply {result['reply_tokens']} tokens\n"
-        f"limit: {megabytes:.1f} MB per token at {gigabytes:.1f} GB/s; {reached:.0%} of it reached\n"
-        + described(result["machine"])
+        f"limit: {megabytes:.1f} MB and {megaflops:.1f} MFLOP per token at {Peaks(**result['peaks']).described()}; "
+        f"{reached:.0%} of it reached\n" + described(result["machine"])
     )
 
 

@@ -41,11 +41,15 @@ WORDS = ("what", "is", "there", "to", "see", "in", "this", "picture", "where", "
 
 @dataclasses.dataclass
 class Answer:
-    """Of one request, in seconds. started: since the run began. times: of each chunk with text, since it was asked."""
+    """Of one request, in seconds. started: since the run began. times: of each chunk with text, since it was asked.
+
+    prompt, tokens: of the prompt and of the answer, as the server counts them.
+    """
 
     started: float
     times: list[float]
     whole: float
+    prompt: int
     tokens: int
 
     @property
@@ -74,6 +78,7 @@ class Run:
             "failures": self.failures,
             "requests_per_second": len(self.answers) / self.seconds,
             "tokens_per_second": sum(a.tokens for a in self.answers) / self.seconds,
+            "prompt_tokens": statistics.fmean(a.prompt for a in self.answers) if self.answers else 0.0,
             "goodput": len(good) / max(len(self.answers) + self.failures, 1),
         }
         for name, values in (
@@ -88,20 +93,20 @@ class Run:
 
 def body(options: argparse.Namespace, number: int) -> dict:
     """A request that no other is like, so that caches do not answer it, unless `--same` asks for one picture."""
-    source = random.Random(options.seed + number)
+    number += options.seed
+    source = random.Random(number)
     content: list[dict] = [{"type": "text", "text": " ".join(source.choices(WORDS, k=options.words))}]
     if source.random() < options.picture_share:
         content.insert(0, {"type": "image_url", "image_url": {"url": picture(0 if options.same else number)}})
-    return {
+    wanted = {
         "model": options.model,
         "messages": [{"role": "user", "content": content}],
         "max_tokens": options.tokens,
-        "min_tokens": options.tokens,
-        "ignore_eos": True,
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    return wanted if options.plain else wanted | {"min_tokens": options.tokens, "ignore_eos": True}
 
 
 def picture(seed: int) -> str:
@@ -112,8 +117,11 @@ def picture(seed: int) -> str:
 
 
 async def ask(client: httpx.AsyncClient, wanted: dict, began: float) -> Answer:
-    """One stream. Raises httpx.HTTPError, or RuntimeError for a stream that fails or has no end."""
-    start, times, tokens, ended = time.perf_counter(), [], 0, False
+    """One stream. Raises httpx.HTTPError, or RuntimeError for a stream that fails or has no end.
+
+    Its end is a reason to finish or `[DONE]`; some servers do not send the latter.
+    """
+    start, times, usage, ended = time.perf_counter(), [], {}, False
     async with client.stream("POST", "/chat/completions", json=wanted) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
@@ -127,15 +135,17 @@ async def ask(client: httpx.AsyncClient, wanted: dict, began: float) -> Answer:
                 raise RuntimeError(str(chunk["error"]))
             if any(choice["delta"].get("content") for choice in chunk["choices"]):
                 times.append(time.perf_counter() - start)
-            tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
+            ended = ended or any(choice.get("finish_reason") for choice in chunk["choices"])
+            usage = chunk.get("usage") or usage
     if not ended:
         raise RuntimeError("a stream without its end")
-    return Answer(start - began, times, time.perf_counter() - start, tokens)
+    whole = time.perf_counter() - start
+    return Answer(start - began, times, whole, usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0))
 
 
-async def load(options: argparse.Namespace, name: str, concurrency: int | None, progress: Progress) -> Run:
-    """Asks `options.requests` times, from so many clients; None: at `options.rate`."""
-    bodies = [body(options, number) for number in range(options.requests)]
+async def load(options: argparse.Namespace, name: str, concurrency: int | None, before: int, progress: Progress) -> Run:
+    """Asks `options.requests` times, from so many clients; None: at `options.rate`. before: runs before this one."""
+    first, *bodies = (body(options, before * (options.requests + 1) + number) for number in range(options.requests + 1))
     headers = {"authorization": f"Bearer {options.api_key}"}
     limits = httpx.Limits(max_connections=None)
     answers: list[Answer] = []
@@ -144,7 +154,7 @@ async def load(options: argparse.Namespace, name: str, concurrency: int | None, 
     async with httpx.AsyncClient(
         base_url=options.base_url, headers=headers, timeout=600, limits=limits, trust_env=False
     ) as client:
-        await ask(client, body(options, -1), 0)  # connections and what a server does at its first request
+        await ask(client, first, 0)  # connections and what a server does at its first request
         gate = asyncio.Semaphore(concurrency or len(bodies))
         began = time.perf_counter()
 
@@ -184,6 +194,8 @@ def started(options: argparse.Namespace, console: Console) -> Iterator[None]:
                     options.base_url = found[1] + "/v1"
                 if line.startswith("ready"):
                     break
+            else:
+                sys.exit("benchmarks/serve_load.py: serve.py did not start; start it by hand to see why")
             console.print(f"serve.py with the tiny model and {options.slots} slots")
             yield
         finally:
@@ -226,6 +238,7 @@ def main() -> int:
     add("--words", type=int, default=12, help="of each question (12)")
     add("--picture-share", type=float, default=0.5, help="of requests with a picture (0.5)")
     add("--same", action="store_true", help="one picture for all")
+    add("--plain", action="store_true", help="OpenAI's fields alone, so that a model may end its answers early")
     add("--max-ttft", type=float, default=1.0, help="seconds, for goodput (1)")
     add("--max-tpot", type=float, default=0.1, help="seconds, for goodput (0.1)")
     add("--slots", type=int, default=32, help="of the server that is started")
@@ -238,7 +251,7 @@ def main() -> int:
     with started(options, console), Progress(console=console) as progress:
         for concurrency in loads:
             name = f"{options.rate:g} a second" if concurrency is None else f"{concurrency} at once"
-            runs.append(asyncio.run(load(options, name, concurrency, progress)))
+            runs.append(asyncio.run(load(options, name, concurrency, len(runs), progress)))
     figures = [run.summary(options.max_ttft, options.max_tpot) for run in runs]
     console.print(shown(runs, figures))
     if len(runs) > 1:

@@ -142,10 +142,10 @@ def theirs(config: QwenVLConfig, processor: Processor, records: list[Record], op
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     torch.manual_seed(0)
-    settings = their_settings(config, merge=1)  # a patch is a token, as the tiny model has as many queries as patches
+    settings = their_settings(config)
     model = Qwen2_5_VLForConditionalGeneration(settings).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1)
-    side, slot = config.visual.query_grid, config.visual.image_start_id + 2
+    side, slot = config.visual.grid, config.visual.image_start_id + 2
     batches, tokens, space = [], 0, 0
     order = np.random.default_rng(0).permutation(len(records))
     for start in range(0, len(records), options.records_per_step):
