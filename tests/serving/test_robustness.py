@@ -57,7 +57,7 @@ def test_bodies_that_are_not_json(client, content):
 
 
 @pytest.mark.parametrize("content", [b"null", b"[]", b'"text"', b"1", b"{}"])
-@pytest.mark.parametrize("path", [PATH, "/v1/completions", "/tokenize", "/detokenize"])
+@pytest.mark.parametrize("path", [PATH, "/v1/completions", "/v1/responses", "/tokenize", "/detokenize"])
 def test_json_that_is_no_request(client, path, content):
     check_error(post_raw(client, content, path), 400)
 
