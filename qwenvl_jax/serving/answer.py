@@ -107,6 +107,11 @@ class Progress:
             metrics.success.labels(update.finish_reason).inc()
             metrics.request_generation_tokens.observe(update.tokens)
             metrics.whole.observe(now - record.arrived)
+        if (times := update.times) is not None:
+            metrics.queue.observe(times.begun - times.queued)
+            metrics.prefill.observe(times.first - times.begun)
+            metrics.decode.observe(times.last - times.first)
+            metrics.inference.observe(times.last - times.begun)
 
     def usage(self) -> Json:
         """OpenAI's `usage`. A prompt counts once, however many replies it gets."""

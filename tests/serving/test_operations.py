@@ -67,6 +67,30 @@ def test_counts_of_replies_and_requests(server, post):
     assert counts() == (ended + 2, wrong + 1)
 
 
+def test_where_the_time_of_a_reply_goes(server, post):
+    """The parts of each reply that came to its end make up the whole, and lie within what the client waited for."""
+    names = ("queue", "prefill", "decode", "inference")
+
+    def sums() -> tuple[dict[str, float], set[float]]:
+        counts = {server.metric(f"request_{name}_time_seconds_count") for name in names}
+        return {name: server.metric(f"request_{name}_time_seconds_sum") for name in names}, counts
+
+    (before, (count,)), began = sums(), time.monotonic()
+    assert post(chat(n=2, ignore_eos=True, max_tokens=40)).status_code == 200
+    waited = time.monotonic() - began
+    after, (later,) = sums()
+    queue, prefill, decode, inference = (after[name] - before[name] for name in names)
+    assert later == count + 2
+    assert inference == pytest.approx(prefill + decode)
+    assert prefill > 0
+    assert decode > 0
+    assert 0 < queue + inference < 2 * waited
+
+
+def test_no_series_says_when_it_was_made(client):
+    assert "_created" not in client.get("/metrics").text
+
+
 def test_a_picture_that_was_there_before_is_a_hit(server, post):
     def counts():
         return server.metric("mm_cache_queries_total"), server.metric("mm_cache_hits_total")
