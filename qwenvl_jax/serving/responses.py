@@ -20,9 +20,8 @@ from qwenvl_jax.serving.responses_form import ResponseForm
 from qwenvl_jax.serving.responses_schema import (
     CallItem,
     InputImage,
-    InputMessage,
     InputText,
-    OutputMessage,
+    MessageItem,
     OutputText,
     Refusal,
     ResponsesRequest,
@@ -79,7 +78,7 @@ def _messages(body: ResponsesRequest) -> tuple[list[Json], list[str]]:
     for number, item in enumerate(body.input):
         latest: Json = messages[-1] if messages else {"role": None}
         match item:
-            case InputMessage() | OutputMessage():
+            case MessageItem():
                 message: Json = {"role": item.role, "content": [_part(part) for part in item.content]}
             case CallItem():
                 call = {"id": item.call_id, "function": {"name": item.name, "arguments": item.arguments}}

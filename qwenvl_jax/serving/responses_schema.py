@@ -49,50 +49,34 @@ class Refusal(Strict):
     refusal: str
 
 
-InputPart = Annotated[InputText | InputImage | RefPart | BoxPart | QuadPart, Field(discriminator="type")]
-OutputPart = Annotated[OutputText | Refusal | RefPart | BoxPart | QuadPart, Field(discriminator="type")]
+Part = Annotated[
+    InputText | InputImage | OutputText | Refusal | RefPart | BoxPart | QuadPart, Field(discriminator="type")
+]
 
 
-def _input_text(value: Any) -> Any:
+def _text_as_parts(value: Any) -> Any:
     return [{"type": "input_text", "text": value}] if isinstance(value, str) else value
 
 
-def _output_text(value: Any) -> Any:
-    return [{"type": "output_text", "text": value}] if isinstance(value, str) else value
-
-
 _SIZE = Field(min_length=1, max_length=MOST_PARTS, fail_fast=True)
-InputParts = Annotated[
-    list[InputPart],
+Parts = Annotated[
+    list[Part],
     _SIZE,
-    BeforeValidator(_input_text, json_schema_input_type=str | Annotated[list[InputPart], Field(min_length=1)]),
-]
-OutputParts = Annotated[
-    list[OutputPart],
-    _SIZE,
-    BeforeValidator(_output_text, json_schema_input_type=str | Annotated[list[OutputPart], Field(min_length=1)]),
+    BeforeValidator(_text_as_parts, json_schema_input_type=str | Annotated[list[Part], Field(min_length=1)]),
 ]
 Texts = Annotated[
     list[InputText],
     _SIZE,
-    BeforeValidator(_input_text, json_schema_input_type=str | Annotated[list[InputText], Field(min_length=1)]),
+    BeforeValidator(_text_as_parts, json_schema_input_type=str | Annotated[list[InputText], Field(min_length=1)]),
 ]
 
 
-class InputMessage(Strict):
-    """developer: OpenAI's newer name of system."""
+class MessageItem(Strict):
+    """developer: OpenAI's newer name of system. assistant: what was answered before."""
 
     type: Literal["message"] = "message"
-    role: Literal["user", "system", "developer"]
-    content: InputParts
-
-
-class OutputMessage(Strict):
-    """What was answered before."""
-
-    type: Literal["message"] = "message"
-    role: Literal["assistant"]
-    content: OutputParts
+    role: Literal["user", "system", "developer", "assistant"]
+    content: Parts
 
 
 class CallItem(Strict):
@@ -117,11 +101,7 @@ def _named(item: Any) -> Any:
     return {"type": "message"} | item if isinstance(item, dict) and "role" in item else item
 
 
-Item = Annotated[
-    Annotated[InputMessage | OutputMessage, Field(discriminator="role")] | CallItem | ResultItem,
-    Field(discriminator="type"),
-    BeforeValidator(_named),
-]
+Item = Annotated[MessageItem | CallItem | ResultItem, Field(discriminator="type"), BeforeValidator(_named)]
 
 
 def _one_message(value: Any) -> Any:

@@ -279,7 +279,10 @@ BAD = {"type": "input_image", "image_url": "data:image/png;base64,AAAA"}
             "input.0.content.0.file_id",
         ),
         ({"input": [{"role": "user", "content": [text("a"), BAD]}]}, "input.0.content.1.image_url"),
-        ({"input": [{"role": "assistant", "content": [shown()]}]}, "input.0.content.0.type"),
+        (
+            {"input": [{"role": "user", "content": "a"}, {"role": "assistant", "content": [shown()]}] * 2},
+            "input.1.content.0",
+        ),
         ({"input": [{"role": "system", "content": [shown()]}, {"role": "user", "content": "a"}]}, "input.0.content.0"),
         ({"instructions": "a", "input": [{"role": "user", "content": "a"}] * 2}, "input.1.role"),
         ({"instructions": "a", "input": [{"role": "user", "content": [BAD]}]}, "input.0.content.0.image_url"),
