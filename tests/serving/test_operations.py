@@ -281,6 +281,7 @@ def run(*options: str) -> subprocess.CompletedProcess:
         (["--slots", "0"], "--slots"),
         (["--slot"], "--slot"),
         (["--request-timeout", "soon"], "--request-timeout"),
+        (["--stall-seconds", "-1"], "--stall-seconds"),
         (["--dtype", "float8"], "--dtype"),
         (["--api-key-file", "/nowhere"], "/nowhere"),
         (["--api-key", "two words"], "API key"),
