@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from qwenvl_jax.config import UserError
 from qwenvl_jax.inference import requests
-from qwenvl_jax.inference.grammar import GrammarConstraint
+from qwenvl_jax.inference.grammar import GrammarConstraint, check_numbers
 from qwenvl_jax.serving import prompts, react
 from qwenvl_jax.serving.answer import Job, Piece, answer
 from qwenvl_jax.serving.chunks import ChoiceForm, Choices
@@ -106,6 +106,8 @@ def _constraint(body: ChatRequest, forced: list[Tool], begun: str, server: Serve
     field = "tools" if forced else "response_format"
     try:
         if forced:
+            for tool in forced:
+                check_numbers(tool.parameters)
             return server.grammars.lark(react.grammar(forced, begun))
         match body.response_format:
             case JsonObject():
