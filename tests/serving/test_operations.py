@@ -114,10 +114,15 @@ def test_nothing_is_compiled_after_the_start(server, post):
         content = [*pictures, {"type": "text", "text": words}]
         n, most, temperature = int(random.integers(1, 3)), int(random.integers(1, 20)), float(random.random())
         body = chat(messages=user(content), temperature=temperature, n=n, max_tokens=most, logprobs=most % 2 == 0)
+        some = random.random(4) < 0.3
+        body |= {"repetition_penalty": 1.2, "presence_penalty": 0.5} if some[0] else {}
+        body |= {"logit_bias": {"7": -1}, "stop": ["x"], "stop_token_ids": [5]} if some[1] else {}
+        body |= {"top_k": 5, "min_p": 0.1, "seed": most} if some[2] else {"top_p": 0.5}
+        body |= {"response_format": {"type": "regex", "regex": "[a-z ]{5,90}"}} if some[3] else {}
         return post(body).status_code
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        assert set(pool.map(ask, range(30))) == {200}
+        assert set(pool.map(ask, range(40))) == {200}
     assert server.metric("recompiles_total") == 0
 
 

@@ -221,6 +221,7 @@ def test_a_mixed_batch_is_as_each_alone(post):
         chat(messages=user([picture("blue"), picture("green")]), max_tokens=12),
         chat(logprobs=True, top_logprobs=3, max_tokens=12),
         chat(n=2, temperature=1, seed=4, max_tokens=12),
+        chat(max_tokens=12, response_format={"type": "regex", "regex": "(red|blue) [0-9]{2} (circles|squares)"}),
         chat(stop=["5"], max_tokens=12),
         chat(messages=user("word " * 300), repetition_penalty=1.3, max_tokens=12),
     ]
