@@ -63,7 +63,7 @@ class Tally:
 
 
 def questions(pictures: int) -> list[dict]:
-    """Bodies that are asked again and again: with pictures or none, drawn or greedy, with a form or without."""
+    """Bodies that are asked again and again: long and short, with pictures or none, drawn or greedy, formed or free."""
     generator = np.random.default_rng(0)
     parts = []
     for _ in range(pictures):
@@ -75,7 +75,8 @@ def questions(pictures: int) -> list[dict]:
     bodies = []
     for number in range(6 * pictures):
         shown = [parts[(number + other) % pictures] for other in range(number % 3)]
-        content = [*shown, {"type": "text", "text": QUESTIONS[number % len(QUESTIONS)]}]
+        length = int(generator.integers(0, 500)) * (number % 2)
+        content = [*shown, {"type": "text", "text": "word " * (length // 5) + QUESTIONS[number % len(QUESTIONS)]}]
         body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 8 + 3 * (number % 9)}
         body |= {"temperature": 0.8, "seed": number} if number % 4 == 1 else {"temperature": 0}
         if number % 6 == 5:

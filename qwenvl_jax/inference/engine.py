@@ -262,6 +262,7 @@ class Engine:
         budget = TOKENS_PER_TURN if self.running else None
         while self._waiting and room and (budget is None or budget > 0):
             reply = self._waiting[0]
+            reply.begun = reply.begun or time.monotonic()  # its pictures may take it several turns
             try:
                 if self._reader.encode(reply) and budget is not None:
                     return

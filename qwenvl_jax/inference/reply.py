@@ -1,11 +1,12 @@
 """One reply of an engine while it grows: tokens and log-probabilities in, updates for its listener out."""
 
+import time
 from collections import deque
 from collections.abc import Mapping
 
 import numpy as np
 
-from qwenvl_jax.inference.requests import FinishReason, Listener, Request, TokenChoice, Update
+from qwenvl_jax.inference.requests import FinishReason, Listener, Request, Times, TokenChoice, Update
 from qwenvl_jax.inference.sampling import Controls
 from qwenvl_jax.inference.speculation import draftable
 from qwenvl_jax.inference.steps import Choice, Grown
@@ -25,6 +26,8 @@ class Reply:
         self.cancelled = self.finished = False
         self.encoded = 0  # pictures encoded for it
         self.cached = 0  # tokens of the prompt that needed no computing
+        self.queued = time.monotonic()
+        self.begun = self._first = 0.0  # when work for it began, and when its first token came
         self._listener = listener
         options = request.options
         self._stream = TextStream(table, stop=options.stop, min_tokens=options.min_new_tokens, strip=request.strip)
@@ -34,6 +37,8 @@ class Reply:
 
     def grow(self, grown: Grown, row: int) -> None:
         """Takes the new tokens of a row, on the host; tells the listener."""
+        now = time.monotonic()
+        self._first = self._first or now
         generated = int(grown.generated[row])
         tokens = grown.tokens[row, : generated - self.generated].tolist()
         self.generated = generated
@@ -56,7 +61,8 @@ class Reply:
         choices = self._certain(at_end=reason is not None)
         self.finished = reason is not None
         if text or choices or self.finished:
-            self._tell(Update(text, generated, choices, reason, cached_tokens=self.cached))
+            times = Times(self.queued, self.begun, self._first, now) if self.finished else None
+            self._tell(Update(text, generated, choices, reason, cached_tokens=self.cached, times=times))
         return None
 
     def fail(self, error: str) -> None:

@@ -59,13 +59,25 @@ class TokenChoice:
 
 
 @dataclasses.dataclass(frozen=True)
+class Times:
+    """Of a reply, in seconds of time.monotonic(): when it was queued, when work for it began, when it had its first
+    token and its last."""
+
+    queued: float
+    begun: float
+    first: float
+    last: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Update:
     """What a reply has grown by.
 
     text: certain from now on; no broken character, no part of a stop string. tokens: of the reply so far, the stop
     token included. choices: of the tokens that `text` is made of, where log-probabilities were asked for.
     finish_reason: set in the last update of a reply; with "error" there is an `error` for the log, which may hold
-    anything but must not be shown to a client. cached_tokens: of the prompt, those that needed no computing.
+    anything but must not be shown to a client. cached_tokens: of the prompt, those that needed no computing. times: in
+    the last update, unless it is an error.
     """
 
     text: str
@@ -74,6 +86,7 @@ class Update:
     finish_reason: FinishReason | None = None
     error: str | None = None
     cached_tokens: int = 0
+    times: Times | None = None
 
 
 Listener = Callable[[Update], None]

@@ -13,6 +13,7 @@ clipped.
 Nothing here fetches a URL unless told to (`allow_url`); see `download.py` for the guard around that.
 """
 
+import dataclasses
 import hashlib
 import io
 import os
@@ -63,6 +64,20 @@ _MOST_BY_PYTHON = 2_000_000  # pixels, or bytes, for those of Pillow's decoders 
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
 Mode = Literal["default", "reference"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Resized:
+    """A picture as the network sees it, for who cannot keep large ones. size: width and height of the picture itself,
+    in whose pixels its boxes are."""
+
+    square: Image.Image
+    size: tuple[int, int]
+
+
+def resized(image: Image.Image, image_size: int) -> Resized:
+    """What `preprocess` would resize an RGB picture to, with the same result there."""
+    return Resized(_square(image, image_size), image.size)
 
 
 def load_image(source: ImageSource, *, allow_url: bool = False, mode: Mode = "default") -> Image.Image:
@@ -136,7 +151,7 @@ def _content(source: ImageSource, allow_url: bool) -> tuple[bytes | Image.Image,
     )
 
 
-def preprocess(images: Sequence[Image.Image], image_size: int) -> np.ndarray:
+def preprocess(images: Sequence[Image.Image | Resized], image_size: int) -> np.ndarray:
     """The network's input: float32 [I, 3, S, S] with S = `image_size`, bit for bit that of the original on Pillow 13.
 
     Each RGB picture is resized to a square by Pillow's bicubic filter (the aspect ratio is not kept), scaled to 0..1
@@ -149,12 +164,15 @@ def preprocess(images: Sequence[Image.Image], image_size: int) -> np.ndarray:
     return pixels
 
 
-def _square(image: Image.Image, side: int) -> Image.Image:
-    """Pillow's bicubic resize in two calls, one for each axis, which fixes their order.
+def _square(image: Image.Image | Resized, side: int) -> Image.Image:
+    """Pillow's bicubic resize in two calls, one for each axis, which fixes their order. What is resized stays.
 
     Each pass rounds to 8 bits, so the order shows. Pillow before 13 goes along the rows first; 13 goes along the
     columns first where the height shrinks more than twice as much as the width, and the golden values come from it.
     """
+    if isinstance(image, Resized):
+        assert image.square.size == (side, side), "resized for another model"
+        return image.square
     width, height = image.size
     columns_first = height > side and height - side > 2 * (width - side)
     between = (width, side) if columns_first else (side, height)

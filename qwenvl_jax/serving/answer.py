@@ -1,4 +1,4 @@
-"""The way of a request that generates, the same for chat and completions: in, through the engine, and out.
+"""The way of a request that generates, the same for all routes that do: in, through the engine, and out.
 
 Everything that is the client's mistake is found before a reply starts, also that of a stream. The form of what is sent
 is the route's.
@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Request as HTTPRequest
@@ -24,12 +24,12 @@ from qwenvl_jax.serving.metrics import Metrics
 from qwenvl_jax.serving.middleware import Record, record_of
 from qwenvl_jax.serving.prompts import Prepared
 from qwenvl_jax.serving.replies import Replies, timed_out
-from qwenvl_jax.serving.schema import Sampling
+from qwenvl_jax.serving.schema import Asked
 from qwenvl_jax.serving.state import Server
-from qwenvl_jax.serving.stream import DONE, Disconnected, EventStream, event, until_disconnect
+from qwenvl_jax.serving.stream import Disconnected, EventStream, until_disconnect
 
 log = logging.getLogger("qwenvl.requests")
-Body = TypeVar("Body", bound=Sampling)
+Body = TypeVar("Body", bound=Asked)
 Json = dict[str, Any]
 
 
@@ -46,14 +46,13 @@ class Piece:
 
 
 class Form(Protocol):
-    """How a route writes what it sends; `head` has the fields that all its JSON has in common."""
+    """How a route writes what it sends: the events of a stream, or one JSON. usage: as `Progress.usage` gives it."""
 
-    head: Json
-
-    def opening(self, index: int) -> Json | None: ...  # a choice of the first chunk of a reply
-    def chunk(self, piece: Piece) -> Json | None: ...  # a choice of a chunk, or nothing yet
-    def whole(self, piece: Piece) -> Json: ...  # a choice of a reply in one
-    def name(self, stream: bool) -> str: ...  # `object`
+    def opening(self) -> Iterable[bytes]: ...  # before the first token
+    def grown(self, piece: Piece) -> Iterable[bytes]: ...
+    def ending(self, usage: Json) -> Iterable[bytes]: ...
+    def failed(self, error: APIError) -> Iterable[bytes]: ...  # instead of the ending
+    def whole(self, replies: Sequence[Piece], usage: Json) -> Json: ...  # without a stream
 
 
 @dataclasses.dataclass
@@ -64,7 +63,6 @@ class Job:
     requests: list[Request]
     form: Form
     stream: bool
-    include_usage: bool
 
 
 class Progress:
@@ -109,6 +107,11 @@ class Progress:
             metrics.success.labels(update.finish_reason).inc()
             metrics.request_generation_tokens.observe(update.tokens)
             metrics.whole.observe(now - record.arrived)
+        if (times := update.times) is not None:
+            metrics.queue.observe(times.begun - times.queued)
+            metrics.prefill.observe(times.first - times.begun)
+            metrics.decode.observe(times.last - times.first)
+            metrics.inference.observe(times.last - times.begun)
 
     def usage(self) -> Json:
         """OpenAI's `usage`. A prompt counts once, however many replies it gets."""
@@ -192,8 +195,7 @@ async def _whole(pieces: AsyncIterator[Piece], job: Job, progress: Progress) -> 
     parts: list[list[Piece]] = [[] for _ in job.requests]
     async for piece in pieces:
         parts[piece.index].append(piece)
-    choices = [job.form.whole(_joined(own)) for own in parts]
-    return {**job.form.head, "object": job.form.name(stream=False), "choices": choices, "usage": progress.usage()}
+    return job.form.whole([_joined(own) for own in parts], progress.usage())
 
 
 def _joined(pieces: Sequence[Piece]) -> Piece:
@@ -212,24 +214,20 @@ async def _events(
 ) -> AsyncGenerator[bytes, None]:
     """The events of a stream; one that fails ends with an event that says so."""
     form = job.form
-    head = {**form.head, "object": form.name(stream=True)}
-    no_usage = {"usage": None} if job.include_usage else {}
     try:
-        for index in range(len(job.requests)):
-            opening = form.opening(index)
-            if opening is not None:
-                yield event({**head, "choices": [opening], **no_usage})
+        for content in form.opening():
+            yield content
         async for piece in pieces:
-            chunk = form.chunk(piece) if piece.text or piece.choices or piece.finish_reason else None
-            if chunk is not None:
-                yield event({**head, "choices": [chunk], **no_usage})
-        if job.include_usage:
-            yield event({**head, "choices": [], "usage": progress.usage()})
+            if piece.text or piece.choices or piece.finish_reason:
+                for content in form.grown(piece):
+                    yield content
+        ending = form.ending(progress.usage())
     except APIError as error:
         _note_failure(error, server, record)
-        yield event(error.body)
+        ending = form.failed(error)
     except Exception:
         log.exception("a stream failed", extra={"fields": {"request_id": record.request_id}})
         _note_failure(internal_error(), server, record)
-        yield event(internal_error().body)
-    yield DONE
+        ending = form.failed(internal_error())
+    for content in ending:
+        yield content

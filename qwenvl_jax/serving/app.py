@@ -5,7 +5,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from qwenvl_jax.serving import chat, completions, errors, models, openapi, operations, tokens
+from qwenvl_jax.serving import chat, completions, errors, models, openapi, operations, responses, tokens
 from qwenvl_jax.serving.middleware import BodyLimit, Keys, Observed
 from qwenvl_jax.serving.settings import Settings
 from qwenvl_jax.serving.state import Server
@@ -17,7 +17,7 @@ def create_app(settings: Settings) -> FastAPI:
     # scripts from elsewhere.
     app = FastAPI(title="qwenvl-jax", redirect_slashes=False, docs_url=None, redoc_url=None)
     app.state.server = server = Server(settings)
-    for part in (models, chat, completions, tokens, operations):
+    for part in (models, chat, completions, responses, tokens, operations):
         app.include_router(part.router)
     errors.install(app)
     openapi.install(app, version("qwenvl-jax"), settings.names)

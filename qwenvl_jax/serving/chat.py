@@ -8,15 +8,17 @@ from fastapi import APIRouter, Request, Response
 
 from qwenvl_jax.config import UserError
 from qwenvl_jax.inference import requests
-from qwenvl_jax.inference.grammar import GrammarConstraint
+from qwenvl_jax.inference.grammar import GrammarConstraint, check_numbers
 from qwenvl_jax.serving import prompts, react
-from qwenvl_jax.serving.answer import Form, Job, Piece, answer
+from qwenvl_jax.serving.answer import Job, Piece, answer
+from qwenvl_jax.serving.chunks import ChoiceForm, Choices
 from qwenvl_jax.serving.errors import APIError
 from qwenvl_jax.serving.logprobs import TokenTexts, chat_logprobs
 from qwenvl_jax.serving.messages import NamedTool
 from qwenvl_jax.serving.openapi import described
+from qwenvl_jax.serving.prompts import Prepared
 from qwenvl_jax.serving.react import Tool
-from qwenvl_jax.serving.responses import ChatCompletion
+from qwenvl_jax.serving.reply_schema import ChatCompletion
 from qwenvl_jax.serving.schema import ChatRequest, JsonObject, JsonSchema, Regex
 from qwenvl_jax.serving.state import Server
 from qwenvl_jax.serving.tool_form import ToolForm
@@ -31,7 +33,19 @@ async def create_chat_completion(request: Request) -> Response:
 
 
 async def prepare(body: ChatRequest, server: Server) -> Job:
-    """What the engine is asked for a conversation."""
+    """What the engine is asked for a conversation, and how its replies are written."""
+    prepared, made, acts = await asked(body, server)
+    form: ChoiceForm = ChatForm(body.model, server.token_texts, bool(body.logprobs))
+    if acts:
+        form = ToolForm(form, prepared.begun, older=not body.tools and bool(body.functions))
+    return Job([prepared], made, Choices(form, len(made), body.include_usage), bool(body.stream))
+
+
+async def asked(body: ChatRequest, server: Server) -> tuple[Prepared, list[requests.Request], bool]:
+    """The prompt of a conversation, a request for each reply, and whether replies are in ReAct's form.
+
+    Raises APIError.
+    """
     vlm = server.vlm
     if not vlm.is_chat:
         raise APIError(
@@ -56,10 +70,7 @@ async def prepare(body: ChatRequest, server: Server) -> Job:
         )
         for options in prompts.options(body, prepared, server)
     ]
-    form: Form = ChatForm(body.model, server.token_texts, bool(body.logprobs))
-    if acts:
-        form = ToolForm(form, prepared.begun, older=not body.tools and bool(body.functions))
-    return Job([prepared], made, form, bool(body.stream), body.include_usage)
+    return prepared, made, acts
 
 
 def offered(body: ChatRequest) -> tuple[list[Tool], list[Tool]]:
@@ -95,6 +106,8 @@ def _constraint(body: ChatRequest, forced: list[Tool], begun: str, server: Serve
     field = "tools" if forced else "response_format"
     try:
         if forced:
+            for tool in forced:
+                check_numbers(tool.parameters)
             return server.grammars.lark(react.grammar(forced, begun))
         match body.response_format:
             case JsonObject():

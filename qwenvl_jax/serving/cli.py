@@ -107,6 +107,13 @@ def parser() -> argparse.ArgumentParser:
     add("--request-timeout", metavar="SECONDS", type=_seconds, default=600, help="for a whole answer (600)")
     add("--drain-seconds", metavar="SECONDS", type=_seconds, default=30, help="for answers under way at SIGTERM (30)")
     add(
+        "--stall-seconds",
+        metavar="SECONDS",
+        type=_seconds,
+        default=60,
+        help="without a step until /health says that a busy engine is stuck (60)",
+    )
+    add(
         "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="least that is logged (info)"
     )
     return made
@@ -147,6 +154,7 @@ def settings(options: argparse.Namespace) -> "Settings":
         cors_origins=tuple(options.cors_origin),
         request_timeout=options.request_timeout,
         drain_seconds=options.drain_seconds,
+        stall_seconds=options.stall_seconds,
     )
 
 

@@ -9,10 +9,11 @@ from fastapi import APIRouter, Request, Response
 from qwenvl_jax.inference import requests
 from qwenvl_jax.serving import prompts
 from qwenvl_jax.serving.answer import Job, Piece, answer
+from qwenvl_jax.serving.chunks import Choices
 from qwenvl_jax.serving.logprobs import TokenTexts, completion_logprobs
 from qwenvl_jax.serving.openapi import described
 from qwenvl_jax.serving.prompts import Prepared
-from qwenvl_jax.serving.responses import Completion
+from qwenvl_jax.serving.reply_schema import Completion
 from qwenvl_jax.serving.schema import CompletionRequest
 from qwenvl_jax.serving.state import Server
 
@@ -35,7 +36,7 @@ async def prepare(body: CompletionRequest, server: Server) -> Job:
         for options in prompts.options(body, one, server)
     ]
     form = CompletionForm(body.model, server.token_texts, body.logprobs is not None)
-    return Job(prepared, made, form, bool(body.stream), body.include_usage)
+    return Job(prepared, made, Choices(form, len(made), body.include_usage), bool(body.stream))
 
 
 def _prompts(body: CompletionRequest, server: Server) -> list[Prepared]:

@@ -12,10 +12,12 @@ Of an animation the first frame is decoded and the others are not looked at. Wha
 code, and a sentence of bounded length without the server's paths and with no more than a few words of its own.
 """
 
+import contextlib
 import dataclasses
 import functools
 import re
 import warnings
+from collections.abc import Iterator
 from typing import IO, Any
 
 from PIL import Image, TiffImagePlugin
@@ -77,10 +79,14 @@ class ImageLoader:
         """
         if isinstance(source, Image.Image):
             return source
-        try:
-            return decode_image(self._content(source), formats=FORMATS, max_pixels=self.limits.max_pixels)
-        except ImageError as error:  # without the source that it names: whoever called knows where that stands
-            raise ImageError(error.code, shortened(error.reason, _LONGEST_MESSAGE)) from None
+        content = self.content(source)
+        with _without_source():
+            return decode_image(content, formats=FORMATS, max_pixels=self.limits.max_pixels)
+
+    def content(self, source: str | bytes) -> bytes:
+        """The bytes of a picture's file, wherever they come from, not looked at. Raises ImageError."""
+        with _without_source():
+            return self._content(source)
 
     def _content(self, source: str | bytes) -> bytes:
         if isinstance(source, bytes):
@@ -104,6 +110,15 @@ class ImageLoader:
                 "invalid_image_url", "this server fetches no URLs; send the picture as data:image/png;base64,..."
             )
         return download(url, self._download_limits)
+
+
+@contextlib.contextmanager
+def _without_source() -> Iterator[None]:
+    """Errors do not name the source: whoever called knows where that stands."""
+    try:
+        yield
+    except ImageError as error:
+        raise ImageError(error.code, shortened(error.reason, _LONGEST_MESSAGE)) from None
 
 
 class _TagFile:

@@ -6,7 +6,7 @@ Each server has a registry of its own. Numbers of the engine are read when someb
 import time
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -22,6 +22,7 @@ class Metrics:
     """Counters, histograms and gauges of one server."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # a series more for each, which says only when the server started
         self._registry = CollectorRegistry()
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts, those of pictures included.")
         self.generation_tokens = self._counter("generation_tokens", "Tokens of replies.")
@@ -41,6 +42,10 @@ class Metrics:
         )
         self.between_tokens = self._histogram("inter_token_latency_seconds", "Between two tokens.", SHORT_SECONDS)
         self.whole = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", SECONDS)
+        self.queue = self._histogram("request_queue_time_seconds", "Until the engine began with a reply.", SECONDS)
+        self.prefill = self._histogram("request_prefill_time_seconds", "From there to its first token.", SECONDS)
+        self.decode = self._histogram("request_decode_time_seconds", "From its first token to its last.", SECONDS)
+        self.inference = self._histogram("request_inference_time_seconds", "Prefill and decode together.", SECONDS)
         self.images = self._histogram("image_load_seconds", "Loading the pictures of a request.", SECONDS)
 
     def watch(self, engine: Engine) -> None:

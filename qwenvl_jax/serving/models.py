@@ -5,7 +5,7 @@ from fastapi import APIRouter, Request, Response
 from qwenvl_jax.serving.body import check_model
 from qwenvl_jax.serving.encoding import JSONReply
 from qwenvl_jax.serving.openapi import described
-from qwenvl_jax.serving.responses import Model, ModelList
+from qwenvl_jax.serving.reply_schema import Model, ModelList
 from qwenvl_jax.serving.state import Server
 
 router = APIRouter()

@@ -8,10 +8,11 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from qwenvl_jax.serving.responses import Error
+from qwenvl_jax.serving.reply_schema import Error
+from qwenvl_jax.serving.responses_schema import ResponsesRequest
 from qwenvl_jax.serving.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
-_BODIES = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+_BODIES = (ChatRequest, CompletionRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest)
 _REFERENCE = "#/components/schemas/{model}"
 _EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
 _ERRORS = {400, 401, 404, 405, 408, 413, 415, 429, 500, 503, 504}

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from qwenvl_jax.serving.encoding import JSONReply
 from qwenvl_jax.serving.openapi import described
-from qwenvl_jax.serving.responses import Status, Version
+from qwenvl_jax.serving.reply_schema import Status, Version
 from qwenvl_jax.serving.state import Server
 
 router = APIRouter()

@@ -7,15 +7,15 @@ import asyncio
 import dataclasses
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from qwenvl_jax.config import UserError
 from qwenvl_jax.inference.sampling import SamplingOptions
-from qwenvl_jax.processing.images import picture_key
+from qwenvl_jax.processing.data_uri import is_data_uri
+from qwenvl_jax.processing.images import Resized, picture_key, resized
 from qwenvl_jax.processing.template import Prompt
 from qwenvl_jax.serving import react
 from qwenvl_jax.serving.errors import APIError, from_user_error
@@ -25,6 +25,7 @@ from qwenvl_jax.serving.react import Tool
 from qwenvl_jax.serving.schema import Sampling
 from qwenvl_jax.serving.state import Server
 
+T = TypeVar("T")
 NO_WINDOW = 2**31 - 1  # old turns are never left out: a prompt that is too long is refused
 SMALLEST_TOP_P = 1e-6  # stands for 0, which OpenAI's API allows: the most likely token alone
 
@@ -63,22 +64,35 @@ async def from_messages(messages: Sequence[Message], server: Server, tools: Sequ
         message = f"messages: {len(urls)} pictures; this server takes {most}, those of old turns included"
         raise APIError(400, "too_many_images", message, "messages")
     began = time.monotonic()
-    pictures = await asyncio.gather(*(server.with_pictures(_load, place, url, server) for place, url in urls.items()))
+    pictures = await asyncio.gather(*(_picture(place, url, server) for place, url in urls.items()))
     if pictures:
         server.metrics.images.observe(time.monotonic() - began)
     return await server.with_prompts(_of_conversation, messages, pictures, server, tools)
 
 
-def _load(place: str, url: str, server: Server) -> Image.Image:
+async def _picture(place: str, url: str, server: Server) -> Resized:
+    source: str | bytes = url
+    if server.settings.allow_urls and not is_data_uri(url.strip()):
+        source = await server.with_downloads(_checked, place, server, server.load_image.content, url)
+    return await server.with_pictures(_checked, place, server, _seen, source, server)
+
+
+def _seen(source: str | bytes, server: Server) -> Resized:
+    """The picture at the model's size: a large one is gone before the next is decoded."""
+    return resized(server.load_image(source), server.vlm.config.visual.image_size)
+
+
+def _checked(place: str, server: Server, function: Callable[..., T], *arguments: Any) -> T:
+    """`function(*arguments)`, whose ImageError is an APIError that names the place."""
     try:
-        return server.load_image(url)
+        return function(*arguments)
     except ImageError as error:
         server.metrics.image_rejected.labels(error.code).inc()
         raise APIError(400, error.code, f"{place}: {error}", place) from None
 
 
 def _of_conversation(
-    messages: Sequence[Message], pictures: Sequence[Image.Image], server: Server, tools: Sequence[Tool]
+    messages: Sequence[Message], pictures: Sequence[Resized], server: Server, tools: Sequence[Tool]
 ) -> Prepared:
     left = iter(pictures)
     conversation: list[dict[str, Any]] = []
@@ -93,16 +107,15 @@ def _of_conversation(
         for message in messages:
             role = "system" if message.role == "developer" else message.role
             conversation.append({"role": role, "content": _parts(message, left)})
-    processor = server.vlm.processor
     try:
-        prompt = processor.chat(conversation, NO_WINDOW, begun)
+        prompt = server.processor.chat(conversation, NO_WINDOW, begun)
     except UserError as error:
         raise from_user_error(error) from None
-    image_tokens = len(prompt.pixels) * processor.tokenizer.n_queries
+    image_tokens = len(prompt.pixels) * server.processor.tokenizer.n_queries
     return Prepared(prompt, image_tokens, tuple(map(picture_key, prompt.pixels)), begun)
 
 
-def _parts(message: Message, pictures: Iterator[Image.Image]) -> list[dict[str, Any]]:
+def _parts(message: Message, pictures: Iterator[Resized]) -> list[dict[str, Any]]:
     """The parts of a message in the form of a processor, pictures in place of their URLs."""
     parts: list[dict[str, Any]] = []
     for part in message.content or ():
@@ -121,7 +134,7 @@ def _calls(message: Message) -> list[tuple[str, react.Call]]:
     return [(call_id, react.Call(function.name, function.arguments)) for call_id, function in calls]
 
 
-def _turn(message: Message, pictures: Iterator[Image.Image]) -> react.Turn:
+def _turn(message: Message, pictures: Iterator[Resized]) -> react.Turn:
     match message.role:
         case "user":
             return react.Turn("user", tuple(_parts(message, pictures)))

@@ -142,4 +142,5 @@ def _joined(first: Update, second: Update) -> Update:
         second.finish_reason,
         second.error,
         max(first.cached_tokens, second.cached_tokens),
+        second.times,
     )

@@ -1,142 +1,134 @@
-"""What this server sends, for /openapi.json. The replies themselves are made where they are sent."""
+"""POST /v1/responses: OpenAI's Responses API without its memory, as another way to write a request for chat.
 
-from typing import Any, Literal
+A request becomes one for chat completions, and from there on nothing differs but the form of what is sent. So what chat
+refuses is refused here, under the names that the fields have here.
+"""
 
-from pydantic import BaseModel, ConfigDict
+import re
+from collections.abc import Sequence
+from typing import Any
 
-FinishReason = Literal["stop", "length", "tool_calls", "function_call"]
+from fastapi import APIRouter, Request, Response
+from pydantic import ValidationError
 
+from qwenvl_jax.serving import chat
+from qwenvl_jax.serving.answer import Job, answer
+from qwenvl_jax.serving.errors import APIError, from_validation
+from qwenvl_jax.serving.openapi import described
+from qwenvl_jax.serving.reply_schema import ResponseObject
+from qwenvl_jax.serving.responses_form import ResponseForm
+from qwenvl_jax.serving.responses_schema import (
+    CallItem,
+    InputImage,
+    InputText,
+    MessageItem,
+    OutputText,
+    Refusal,
+    ResponsesRequest,
+    ResultItem,
+)
+from qwenvl_jax.serving.schema import Asked, ChatRequest
+from qwenvl_jax.serving.state import Server
 
-class _Response(BaseModel):
-    model_config = ConfigDict(protected_namespaces=())
-
-
-class ErrorDetail(_Response):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class Error(_Response):
-    error: ErrorDetail
-
-
-class Model(_Response):
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    root: str
-    parent: str | None
-    max_model_len: int | None
-
-
-class ModelList(_Response):
-    object: Literal["list"]
-    data: list[Model]
+router = APIRouter()
+Json = dict[str, Any]
 
 
-class PromptTokensDetails(_Response):
-    image_tokens: int
-    text_tokens: int
-    cached_tokens: int
+@router.post("/v1/responses", **described(ResponsesRequest, ResponseObject, streams=True))
+async def create_response(request: Request) -> Response:
+    """Answers a conversation, in one piece or as a stream of typed events. Nothing of it is kept."""
+    return await answer(request, ResponsesRequest, prepare)
 
 
-class Usage(_Response):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
+async def prepare(body: ResponsesRequest, server: Server) -> Job:
+    """What the engine is asked for a conversation, and how its reply is written."""
+    messages, items = _messages(body)
+    try:
+        translated = _as_chat(body, messages)
+        translated.check_together()
+        prepared, (made,), acts = await chat.asked(translated, server)
+    except APIError as error:
+        raise _renamed(error, items) from error.__cause__
+    form = ResponseForm(body, made.options, prepared.begun if acts else None)
+    return Job([prepared], [made], form, bool(body.stream))
 
 
-class TopLogprob(_Response):
-    token: str
-    logprob: float
-    bytes: list[int] | None
+def _as_chat(body: ResponsesRequest, messages: list[Json]) -> ChatRequest:
+    fields = {name: getattr(body, name) for name in Asked.model_fields}
+    fields |= {"messages": messages, "max_completion_tokens": body.max_output_tokens}
+    if body.tools:
+        tools = [tool.model_dump(exclude={"type"}, exclude_none=True) for tool in body.tools]
+        fields["tools"] = [{"type": "function", "function": tool} for tool in tools]
+    choice = body.tool_choice
+    named = {"type": "function", "function": {"name": getattr(choice, "name", None)}}
+    fields["tool_choice"] = choice if choice is None or isinstance(choice, str) else named
+    if body.text is not None and body.text.format is not None:
+        form = body.text.format.model_dump(by_alias=True)
+        fields["response_format"] = {"type": form["type"], "json_schema": form} | form
+    try:
+        return ChatRequest.model_validate(fields)
+    except ValidationError as error:
+        raise from_validation(error, fields) from None
 
 
-class TokenLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
+def _messages(body: ResponsesRequest) -> tuple[list[Json], list[str]]:
+    """The conversation as messages for chat, and for each where it stands in `body`."""
+    messages: list[Json] = []
+    places: list[str] = []
+    for number, item in enumerate(body.input):
+        latest: Json = messages[-1] if messages else {"role": None}
+        match item:
+            case MessageItem():
+                message: Json = {"role": item.role, "content": [_part(part) for part in item.content]}
+            case CallItem():
+                call = {"id": item.call_id, "function": {"name": item.name, "arguments": item.arguments}}
+                if latest["role"] == "assistant":  # a thought, or another call at the same time
+                    latest.setdefault("tool_calls", []).append(call)
+                    continue
+                message = {"role": "assistant", "tool_calls": [call]}
+            case ResultItem():
+                message = {"role": "tool", "content": [_part(part) for part in item.output]}
+                message["tool_call_id"] = item.call_id
+        messages.append(message)
+        places.append(f"input.{number}")
+    if body.instructions is not None:
+        text = {"type": "text", "text": body.instructions}
+        if messages[0]["role"] in ("system", "developer"):  # chat has one system message
+            messages[0]["content"][:0] = [text, {"type": "text", "text": "\n\n"}]
+        else:
+            messages.insert(0, {"role": "system", "content": [text]})
+            places.insert(0, "instructions")
+    return messages, places
 
 
-class ChatLogprobs(_Response):
-    content: list[TokenLogprob] | None
-    refusal: Any
+def _part(part: Any) -> Json:
+    match part:
+        case InputText() | OutputText():
+            return {"type": "text", "text": part.text}
+        case Refusal():
+            return {"type": "text", "text": part.refusal}
+        case InputImage():
+            return {"type": "image_url", "image_url": {"url": part.image_url}}
+        case extension:
+            return extension.model_dump(exclude_unset=True)
 
 
-class CalledFunction(_Response):
-    name: str
-    arguments: str
+_MESSAGE = re.compile(r"^messages[.\[](\d+)\]?(?:\.content[.\[](\d+)\]?)?((?:\.image_url(?=\.url))?)(?:\.url)?")
+_FIELDS = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}
 
 
-class Call(_Response):
-    id: str
-    type: Literal["function"]
-    function: CalledFunction
+def _renamed(error: APIError, places: Sequence[str]) -> APIError:
+    """An error of chat under the names of this API. places: of chat's messages in the request."""
 
+    def place(found: re.Match) -> str:
+        part = "" if found[2] is None else f".content.{found[2]}"
+        return places[int(found[1])] + part + found[3]
 
-class ChatMessage(_Response):
-    role: Literal["assistant"]
-    content: str | None
-    refusal: str | None
-    tool_calls: list[Call] | None = None
-    function_call: CalledFunction | None = None
+    def renamed(text: str) -> str:
+        """Text that may begin with a field's name."""
+        text = _MESSAGE.sub(place, text)
+        return re.sub(rf"^({'|'.join(_FIELDS)})\b", lambda found: _FIELDS[found[1]], text)
 
-
-class ChatChoice(_Response):
-    index: int
-    message: ChatMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
-
-
-class ChatCompletion(_Response):
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class CompletionLogprobs(_Response):
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
-
-
-class CompletionChoice(_Response):
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None
-    finish_reason: FinishReason
-
-
-class Completion(_Response):
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage
-
-
-class Tokenized(_Response):
-    count: int
-    image_tokens: int
-    max_model_len: int
-    tokens: list[int]
-
-
-class Detokenized(_Response):
-    prompt: str
-
-
-class Status(_Response):
-    status: Literal["loading", "ready", "draining", "stuck", "dead"]
-
-
-class Version(_Response):
-    version: str
+    message = re.sub("; lower max_tokens$", "; lower max_output_tokens", renamed(error.message))
+    param = error.param and renamed(error.param)
+    return APIError(error.status, error.code, message, param, headers=error.headers)

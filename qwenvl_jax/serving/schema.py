@@ -51,6 +51,7 @@ TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]  # keys of JSON objects are strings
 Penalty = Annotated[Number, Field(ge=-2, le=2)]
 Bias = Annotated[Number, Field(ge=-100, le=100)]
+Tokens = Annotated[int, Field(ge=1, le=2**31 - 1)]  # that a reply may have
 Probability = Annotated[Number, Field(ge=0, le=1)]
 
 
@@ -91,8 +92,8 @@ class StreamOptions(Strict):
     continuous_usage_stats: Off = None
 
 
-class Sampling(Strict):
-    """What chat and completions have in common. A field that is absent or null takes the model's own default."""
+class Asked(Strict):
+    """What all requests for replies have in common. A field that is absent or null takes the model's own default."""
 
     model: str
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
@@ -104,17 +105,29 @@ class Sampling(Strict):
     frequency_penalty: Penalty | None = None
     logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=MOST_BIASES)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     stop: Stop | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
     ignore_eos: bool | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_REPLIES)] | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+
+    @property
+    def requests(self) -> int:
+        """How many replies there are in all."""
+        return 1
 
     def check_together(self) -> None:
         """Raises APIError where fields contradict each other."""
+
+
+class Sampling(Asked):
+    """What chat and completions have in common."""
+
+    n: Annotated[int, Field(ge=1, le=MOST_REPLIES)] | None = None
+    max_tokens: Tokens | None = None
+    stream_options: StreamOptions | None = None
+
+    def check_together(self) -> None:
         if self.stream_options is not None and not self.stream:
             raise APIError(400, "invalid_value", "stream_options: only with stream: true", "stream_options")
 
@@ -130,7 +143,6 @@ class Sampling(Strict):
 
     @property
     def requests(self) -> int:
-        """How many replies there are in all."""
         return self.replies
 
     @property
@@ -141,7 +153,7 @@ class Sampling(Strict):
 
 class ChatRequest(Sampling):
     messages: Messages
-    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     tools: Tools | None = None

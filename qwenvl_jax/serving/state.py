@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import copy
 import functools
 import math
 import os
@@ -19,6 +20,7 @@ from qwenvl_jax.serving.replies import Engine, Replies, engine_gone
 from qwenvl_jax.serving.settings import Settings
 from qwenvl_jax.vlm import VLM
 
+MOST_DECODES = 8  # pictures decoded at one time, each of which may take hundreds of megabytes meanwhile
 RETRY_SECONDS = (1, 30)  # least and most that a client is asked to wait for a place
 
 T = TypeVar("T")
@@ -33,9 +35,10 @@ class Server:
         self.started = int(time.time())
         self.metrics = Metrics()
         self.load_image = ImageLoader(settings.image_limits, settings.allow_urls, settings.allowed_hosts)
-        # The event loop stays free, the engine keeps a core, and a picture that is slow to fetch holds up no text.
+        # The event loop stays free, the engine keeps a core, and what is slow to fetch holds up neither text nor data.
         workers = min(max((os.cpu_count() or 2) - 2, 2), 12)
-        self._pictures = concurrent.futures.ThreadPoolExecutor(2 * workers, "qwenvl-pictures")
+        self._downloads = concurrent.futures.ThreadPoolExecutor(2 * workers, "qwenvl-downloads")
+        self._pictures = concurrent.futures.ThreadPoolExecutor(min(workers, MOST_DECODES), "qwenvl-pictures")
         self._prompts = concurrent.futures.ThreadPoolExecutor(workers, "qwenvl-prompts")
         self.draining = False
         self._ending: APIError | None = None
@@ -47,6 +50,8 @@ class Server:
 
     def install(self, vlm: VLM, engine: Engine) -> None:
         """The model is there: requests are taken from now on."""
+        self.processor = copy.copy(vlm.processor)
+        self.processor.load = _as_it_is
         self.token_texts = TokenTexts(vlm.processor.tokenizer)
         self._vlm, self._engine = vlm, engine
         self.metrics.watch(engine)
@@ -86,8 +91,15 @@ class Server:
     def _stands_still(self, engine: Engine) -> bool:
         return time.monotonic() - engine.last_step > self.settings.stall_seconds
 
+    async def with_downloads(self, function: Callable[..., T], *arguments: Any) -> T:
+        """`function(*arguments)` in a thread that may wait for others' servers."""
+        return await asyncio.get_running_loop().run_in_executor(self._downloads, function, *arguments)
+
     async def with_pictures(self, function: Callable[..., T], *arguments: Any) -> T:
-        """`function(*arguments)` in a thread for pictures."""
+        """`function(*arguments)` in a thread for pictures, of which there are few.
+
+        Who is cancelled while it waits for one leaves the queue. What runs already runs on, and keeps its thread.
+        """
         return await asyncio.get_running_loop().run_in_executor(self._pictures, function, *arguments)
 
     async def with_prompts(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -96,7 +108,7 @@ class Server:
 
     def close(self) -> None:
         """Ends the threads once they are done."""
-        for pool in (self._pictures, self._prompts):
+        for pool in (self._downloads, self._pictures, self._prompts):
             pool.shutdown(wait=False, cancel_futures=True)
 
     @contextlib.contextmanager
@@ -170,6 +182,11 @@ class Server:
                 retry_after=seconds,
             )
         self._held += number
+
+
+def _as_it_is(picture: Any) -> Any:
+    """Pictures come to the processor loaded and resized."""
+    return picture
 
 
 class Place:

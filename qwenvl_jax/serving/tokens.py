@@ -8,7 +8,7 @@ from qwenvl_jax.serving import prompts
 from qwenvl_jax.serving.body import check_model, read
 from qwenvl_jax.serving.encoding import JSONReply
 from qwenvl_jax.serving.openapi import described
-from qwenvl_jax.serving.responses import Detokenized, Tokenized
+from qwenvl_jax.serving.reply_schema import Detokenized, Tokenized
 from qwenvl_jax.serving.schema import DetokenizeRequest, TokenizeRequest
 from qwenvl_jax.serving.state import Server
 from qwenvl_jax.serving.stream import Disconnected

@@ -4,7 +4,8 @@ from collections import defaultdict
 from typing import Any
 
 from qwenvl_jax.serving import react
-from qwenvl_jax.serving.answer import Form, Piece
+from qwenvl_jax.serving.answer import Piece
+from qwenvl_jax.serving.chunks import ChoiceForm
 
 Json = dict[str, Any]
 
@@ -16,7 +17,7 @@ class ToolForm:
     sent, since the tokens are not those of the content.
     """
 
-    def __init__(self, form: Form, begun: str, older: bool):
+    def __init__(self, form: ChoiceForm, begun: str, older: bool):
         self.head, self.name, self.opening = form.head, form.name, form.opening
         self._begun, self._older = begun, older
         self._texts: defaultdict[int, str] = defaultdict(str)

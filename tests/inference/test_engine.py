@@ -278,6 +278,25 @@ def test_stopping_ends_what_is_in_progress_in_an_error(small_model):
         ask(engine, text_prompt(10))
 
 
+def test_the_times_of_a_reply(engine, monkeypatch):
+    """A prompt takes its time to read; who comes second waits for that."""
+    read = engine._reader.read
+
+    def slowly(reply):
+        time.sleep(0.2)
+        return read(reply)
+
+    monkeypatch.setattr(engine._reader, "read", slowly)
+    replies = [ask(engine, text_prompt(20, seed), SamplingOptions(max_new_tokens=9 - 8 * seed)) for seed in range(2)]
+    times = [reply.last.times for reply in replies]
+    assert all(each.queued <= each.begun <= each.first <= each.last for each in times)
+    assert times[1].begun - times[1].queued > 0.1
+    assert min(each.first - each.begun for each in times) > 0.1
+    assert times[0].last > times[0].first
+    assert times[1].last == times[1].first  # of one token
+    assert all(update.times is None for reply in replies for update in reply.updates[:-1])
+
+
 def test_a_rest_is_no_standstill(engine):
     """Who watches the last step sees it stand still from when there is work, and not from the end of the last work."""
     engine.last_step -= 100

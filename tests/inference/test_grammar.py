@@ -9,7 +9,7 @@ import pytest
 
 import qwenvl_jax
 from qwenvl_jax.config import UserError
-from qwenvl_jax.inference.grammar import LONGEST_GRAMMAR, Grammars
+from qwenvl_jax.inference.grammar import LEAST_INTEGER, LONGEST_GRAMMAR, MOST_STEPS, Grammars
 
 SCHEMA = {
     "type": "object",
@@ -79,12 +79,34 @@ def test_a_copy_goes_its_own_way(vlm, grammars):
         ({"type": "object", "if": {}}, 'Unimplemented keys: ["if"]'),
         ({"type": "nonsense"}, "Invalid type: nonsense"),
         ({"$ref": "http://example.com/schema"}, "does not fetch"),
+        ({"const": -(2**63)}, "an integer is below"),
+        ({"properties": {"a": {"enum": [1, {"b": [-(10**40)]}]}}}, "is below"),
+        ({"type": "integer", "multipleOf": 2**31}, "multipleOf is above"),
+        ({"type": "number", "multipleOf": 12345.678}, "multipleOf is above"),
+        ({"allOf": [{"type": "integer", "multipleOf": 997}, {"multipleOf": 991}]}, "multipleOf is above"),
+        ({"required": "😀" * 50}, "char boundary"),  # a mistake in llguidance
         ({"description": "x" * LONGEST_GRAMMAR}, f"longer than {LONGEST_GRAMMAR} bytes"),
     ],
 )
 def test_a_schema_that_cannot_be_followed(grammars, schema, problem):
     with pytest.raises(UserError, match=re.escape(problem)):
         grammars.json_schema(schema)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"enum": [LEAST_INTEGER, {"a": LEAST_INTEGER}]},
+        {"enum": [2**63 - 1]},
+        {"type": "integer", "multipleOf": MOST_STEPS},
+        {"anyOf": [{"type": "number", "multipleOf": 0.01}, {"type": "number", "multipleOf": 0.5}, {"multipleOf": 5}]},
+        {"type": "number", "multipleOf": 1e-9},
+        {"type": "object", "properties": {"multipleOf": {"type": "string"}}},
+    ],
+    ids=str,
+)
+def test_numbers_that_can_be_followed(grammars, schema):
+    assert grammars.json_schema(schema).allowed().any()
 
 
 @pytest.mark.parametrize(("pattern", "problem"), [("(?=a)b", "look-around"), ("a[", "unclosed character class")])

@@ -143,7 +143,6 @@ def main(change: Callable[[Settings], Settings] = lambda settings: settings) -> 
     """Serves until a signal comes. change: of what the options say."""
     parser = cli.parser()
     parser.add_argument("--loading-seconds", type=float, default=0)
-    parser.add_argument("--stall-seconds", type=float, default=60)
     options = parser.parse_args()
 
     def build(say):
@@ -153,8 +152,7 @@ def main(change: Callable[[Settings], Settings] = lambda settings: settings) -> 
         engine.start()
         return vlm, engine
 
-    settings = change(cli.settings(options))
-    settings = dataclasses.replace(settings, ping_seconds=0.3, stall_seconds=options.stall_seconds)
+    settings = dataclasses.replace(change(cli.settings(options)), ping_seconds=0.3)
     with cli.listen(options.host, options.port) as listening:
         return run.serve(settings, listening, build, options.log_level)
 

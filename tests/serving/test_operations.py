@@ -67,6 +67,30 @@ def test_counts_of_replies_and_requests(server, post):
     assert counts() == (ended + 2, wrong + 1)
 
 
+def test_where_the_time_of_a_reply_goes(server, post):
+    """The parts of each reply that came to its end make up the whole, and lie within what the client waited for."""
+    names = ("queue", "prefill", "decode", "inference")
+
+    def sums() -> tuple[dict[str, float], set[float]]:
+        counts = {server.metric(f"request_{name}_time_seconds_count") for name in names}
+        return {name: server.metric(f"request_{name}_time_seconds_sum") for name in names}, counts
+
+    (before, (count,)), began = sums(), time.monotonic()
+    assert post(chat(n=2, ignore_eos=True, max_tokens=40)).status_code == 200
+    waited = time.monotonic() - began
+    after, (later,) = sums()
+    queue, prefill, decode, inference = (after[name] - before[name] for name in names)
+    assert later == count + 2
+    assert inference == pytest.approx(prefill + decode)
+    assert prefill > 0
+    assert decode > 0
+    assert 0 < queue + inference < 2 * waited
+
+
+def test_no_series_says_when_it_was_made(client):
+    assert "_created" not in client.get("/metrics").text
+
+
 def test_a_picture_that_was_there_before_is_a_hit(server, post):
     def counts():
         return server.metric("mm_cache_queries_total"), server.metric("mm_cache_hits_total")
@@ -90,10 +114,15 @@ def test_nothing_is_compiled_after_the_start(server, post):
         content = [*pictures, {"type": "text", "text": words}]
         n, most, temperature = int(random.integers(1, 3)), int(random.integers(1, 20)), float(random.random())
         body = chat(messages=user(content), temperature=temperature, n=n, max_tokens=most, logprobs=most % 2 == 0)
+        some = random.random(4) < 0.3
+        body |= {"repetition_penalty": 1.2, "presence_penalty": 0.5} if some[0] else {}
+        body |= {"logit_bias": {"7": -1}, "stop": ["x"], "stop_token_ids": [5]} if some[1] else {}
+        body |= {"top_k": 5, "min_p": 0.1, "seed": most} if some[2] else {"top_p": 0.5}
+        body |= {"response_format": {"type": "regex", "regex": "[a-z ]{5,90}"}} if some[3] else {}
         return post(body).status_code
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        assert set(pool.map(ask, range(30))) == {200}
+        assert set(pool.map(ask, range(40))) == {200}
     assert server.metric("recompiles_total") == 0
 
 
@@ -257,6 +286,7 @@ def run(*options: str) -> subprocess.CompletedProcess:
         (["--slots", "0"], "--slots"),
         (["--slot"], "--slot"),
         (["--request-timeout", "soon"], "--request-timeout"),
+        (["--stall-seconds", "-1"], "--stall-seconds"),
         (["--dtype", "float8"], "--dtype"),
         (["--api-key-file", "/nowhere"], "/nowhere"),
         (["--api-key", "two words"], "API key"),

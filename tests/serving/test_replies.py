@@ -6,9 +6,11 @@ import time
 
 import pytest
 
-from qwenvl_jax.inference.requests import TokenChoice, Update
+from qwenvl_jax.inference.requests import Times, TokenChoice, Update
 from qwenvl_jax.serving.errors import APIError
 from qwenvl_jax.serving.replies import Replies
+
+TIMES = Times(1.0, 2.0, 3.0, 4.0)
 
 
 class Engine:
@@ -48,11 +50,11 @@ def test_what_piles_up_is_merged():
             engine.listeners[0](Update("a", number, (choice,), cached_tokens=3 * (number == 1)))
             engine.listeners[1](Update("b", number))
         for listener in engine.listeners:
-            listener(Update("", 1000, finish_reason="stop"))
+            listener(Update("", 1000, finish_reason="stop", times=TIMES))
 
     first, second = read(engine, 2, before=speak)
-    assert first == (0, Update("a" * 1000, 1000, (choice,) * 1000, "stop", None, 3))
-    assert second == (1, Update("b" * 1000, 1000, (), "stop"))
+    assert first == (0, Update("a" * 1000, 1000, (choice,) * 1000, "stop", None, 3, TIMES))
+    assert second == (1, Update("b" * 1000, 1000, (), "stop", times=TIMES))
 
 
 def test_updates_come_from_another_thread():

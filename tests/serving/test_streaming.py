@@ -9,6 +9,7 @@ import pytest
 from openai import APIError, OpenAI
 from serving.process import chat, check_error, user
 from serving.simple_engine import BREAKS, PAUSES
+from serving.test_pictures import memory
 
 from qwenvl_jax.serving.stream import DONE, PING, EventStream, event
 
@@ -87,6 +88,12 @@ def test_usage_at_the_end_of_a_stream(post):
 @pytest.mark.parametrize("options", [{"include_usage": True}, {}])
 def test_stream_options_without_a_stream(post, options):
     check_error(post(chat(stream_options=options)), 400, param="stream_options")
+
+
+def test_usage_with_every_chunk_is_not_offered(post):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    param = "stream_options.continuous_usage_stats"
+    check_error(post(chat(stream=True, stream_options=options)), 400, "unsupported_parameter", param)
 
 
 def test_log_probabilities_of_a_stream(post):
@@ -209,10 +216,17 @@ def test_the_official_client_ignores_comments(small):
     assert all(chunk.choices for chunk in client.chat.completions.create(**body))
 
 
-def test_a_client_that_does_not_read_holds_nobody_up(server, post):
-    with server.open(chat(stream=True, max_tokens=300, logprobs=True, top_logprobs=20, ignore_eos=True)) as slow:
-        assert slow.recv(1)
+def test_clients_that_read_slowly_hold_nobody_up(server, post):
+    """One takes a byte now and then, the others none. Their replies end all the same, at no more cost."""
+    body = chat(stream=True, max_tokens=600, logprobs=True, top_logprobs=20, ignore_eos=True)
+    before, ended = memory(server, "VmRSS"), server.metric("request_success_total")
+    with contextlib.ExitStack() as connections:
+        slow, *_ = [connections.enter_context(server.open(body)) for _ in range(4)]
         began = time.monotonic()
-        assert post(chat()).status_code == 200
-        assert time.monotonic() - began < 20
-    server.wait_until_idle(20)
+        assert post(chat()).status_code == 200  # the fifth of four slots
+        while server.metric("request_success_total") < ended + 5:
+            assert slow.recv(1)
+            assert time.monotonic() - began < 60
+            time.sleep(0.1)
+        server.wait_until_idle(1)
+        assert memory(server, "VmRSS") - before < 200 * 2**20  # each is 2 MB of events

@@ -60,6 +60,7 @@ def test_it_ends_where_its_form_does_even_without_a_stop_token(post):
     [
         ({"type": "json_schema", "json_schema": {"name": "x", "schema": {"if": {}}}}, "Unimplemented keys"),
         ({"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "http://10.0.0.1/"}}}, "not fetch"),
+        ({"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [{"a": -(2**63)}]}}}, "below"),
         ({"type": "regex", "regex": "(?=a)"}, "look-around"),
         ({"type": "regex", "regex": "a" * 70_000}, "longer than"),
     ],

@@ -91,7 +91,8 @@ def test_mistakes(post, fields, param):
     check_error(post(chat(**fields)), 400, param=param)
 
 
-def test_a_schema_that_cannot_be_followed(post):
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {"if": {}}}}]
+@pytest.mark.parametrize(("schema", "problem"), [({"if": {}}, "Unimplemented keys"), ({"const": -(2**63)}, "below")])
+def test_a_schema_that_cannot_be_followed(post, schema, problem):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
     message = check_error(post(chat(tools=tools, tool_choice="required")), 400, "invalid_value", "tools")
-    assert "Unimplemented keys" in message
+    assert problem in message
