@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, NoReturn
 from qwenvl_jax.config import UserError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from qwenvl_jax.inference.engine import EngineOptions
     from qwenvl_jax.serving.replies import Engine
     from qwenvl_jax.serving.settings import Settings
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 KEY_VARIABLE = "QWENVL_API_KEY"
 PROGRAMS_A_LINE = 10  # compiled between two lines of progress
 BACKLOG = 2048  # connections that wait to be accepted
+MESH_AXES = ("data", "fsdp", "tensor")  # of sharding.py, which needs JAX
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,6 +65,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of parameters (default: as stored)")
     add("--quantize", choices=("int8", "int4", "nf4"), help="keep the language model's weights in 8 or 4 bits")
+    add(
+        "--mesh",
+        metavar="AXIS=N,...",
+        type=_mesh,
+        help="split the model over devices: tensor, fsdp and data, for example tensor=4 (default: one device)",
+    )
     add("--slots", type=_positive, default=8, help="replies that are generated at one time (8)")
     add("--max-model-len", metavar="TOKENS", type=_positive, help="prompt and reply together (default: seq_length)")
     add(
@@ -148,9 +157,10 @@ def build(options: argparse.Namespace, say: Callable[[str], None]) -> "tuple[VLM
     from qwenvl_jax.inference.memory import check_memory, described
     from qwenvl_jax.inference.text import token_bytes
 
+    mesh = None if options.mesh is None else mesh_of(options.mesh)
     say(f"loading {options.checkpoint}")
     vlm = qwenvl_jax.load(
-        options.checkpoint, dtype=options.dtype, quantize=options.quantize, adapters=dict(options.adapter)
+        options.checkpoint, dtype=options.dtype, quantize=options.quantize, mesh=mesh, adapters=dict(options.adapter)
     )
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # There are many small programs, too, and all of them are wanted again at the next start.
@@ -166,6 +176,18 @@ def build(options: argparse.Namespace, say: Callable[[str], None]) -> "tuple[VLM
     engine.warm_up(progress)
     engine.start()
     return vlm, engine
+
+
+def mesh_of(sizes: dict[str, int]) -> "Mesh":
+    """The first devices as a mesh with axes of these sizes. Raises UserError where there are too few."""
+    import jax
+
+    from qwenvl_jax.sharding import make_mesh
+
+    needed, devices = math.prod(sizes.values()), jax.devices()
+    if needed > len(devices):
+        raise UserError(f"--mesh: {needed} devices are asked for; there are {len(devices)}")
+    return make_mesh("fsdp_tensor", devices[:needed], data=sizes.get("data", 1), tensor=sizes.get("tensor", 1))
 
 
 def engine_options(options: argparse.Namespace, vlm: "VLM") -> "EngineOptions":
@@ -230,6 +252,16 @@ def _named(text: str) -> tuple[str, str]:
     if not (name and equals and folder):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR")
     return name, folder
+
+
+def _mesh(text: str) -> dict[str, int]:
+    sizes = {}
+    for part in text.split(","):
+        axis, equals, number = part.partition("=")
+        if not equals or axis not in MESH_AXES or axis in sizes:
+            raise argparse.ArgumentTypeError(f"{text!r} is not like tensor=4 or data=2,tensor=4")
+        sizes[axis] = _positive(number)
+    return sizes
 
 
 def _integer(text: str, least: int, most: int) -> int:
