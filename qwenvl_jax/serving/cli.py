@@ -18,7 +18,9 @@ from qwenvl_jax.config import UserError
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from qwenvl_jax.inference.engine import Engine as InferenceEngine
     from qwenvl_jax.inference.engine import EngineOptions
+    from qwenvl_jax.inference.followers import Followers
     from qwenvl_jax.serving.replies import Engine
     from qwenvl_jax.serving.settings import Settings
     from qwenvl_jax.vlm import VLM
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 KEY_VARIABLE = "QWENVL_API_KEY"
 PROGRAMS_A_LINE = 10  # compiled between two lines of progress
 BACKLOG = 2048  # connections that wait to be accepted
+HOSTS = ("detect", "coordinator", "count", "index")  # fields of hosts.HostsRecipe
 MESH_AXES = ("data", "fsdp", "tensor")  # of sharding.py, which needs JAX
 
 
@@ -33,6 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Serve with the given arguments (default: the command line's). Returns the exit status."""
     options = parser().parse_args(arguments)
     try:
+        if any(getattr(options, f"hosts.{name}") not in (None, False) for name in HOSTS):
+            from qwenvl_jax.serving import hosts
+
+            hosts.serve(options)
         with listen(options.host, options.port) as listening:
             told = settings(options)
             from qwenvl_jax.serving import run  # here, so that `--help` and a wrong option do not wait for JAX
@@ -86,6 +93,11 @@ def parser() -> argparse.ArgumentParser:
         default=16384,
         help="of beginnings of prompts that are kept (16384)",
     )
+    add = made.add_argument_group("several hosts, all with the same command, as of train.py").add_argument
+    add("--hosts.detect", action="store_true", help="take address, count and index from the cluster's environment")
+    add("--hosts.coordinator", metavar="HOST:PORT", help="or: of the first host, which serves")
+    add("--hosts.count", metavar="N", type=_positive, help="how many hosts there are")
+    add("--hosts.index", metavar="I", type=_whole, help="which of them this is, from 0")
     add = made.add_argument_group("the address").add_argument
     add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     add("--port", type=_port, default=8000, help="port to listen on; 0 takes a free one (8000)")
@@ -148,8 +160,21 @@ def settings(options: argparse.Namespace) -> "Settings":
     )
 
 
-def build(options: argparse.Namespace, say: Callable[[str], None]) -> "tuple[VLM, Engine]":
-    """The model and a running engine. Raises UserError."""
+def build(
+    options: argparse.Namespace, say: Callable[[str], None], followers: "Followers | None" = None
+) -> "tuple[VLM, Engine]":
+    """The model and a running engine, which leads those of other hosts if there are any. Raises UserError."""
+    vlm, engine = prepare(options, say, followers)
+    if followers is not None:
+        followers.wait()
+    engine.start()
+    return vlm, engine
+
+
+def prepare(
+    options: argparse.Namespace, say: Callable[[str], None], followers: "Followers | None" = None
+) -> "tuple[VLM, InferenceEngine]":
+    """The model and an engine that has compiled all and does nothing yet. Raises UserError."""
     import jax
 
     import qwenvl_jax
@@ -157,7 +182,7 @@ def build(options: argparse.Namespace, say: Callable[[str], None]) -> "tuple[VLM
     from qwenvl_jax.inference.memory import check_memory, described
     from qwenvl_jax.inference.text import token_bytes
 
-    mesh = None if options.mesh is None else mesh_of(options.mesh)
+    mesh = mesh_of(options.mesh)
     say(f"loading {options.checkpoint}")
     vlm = qwenvl_jax.load(
         options.checkpoint, dtype=options.dtype, quantize=options.quantize, mesh=mesh, adapters=dict(options.adapter)
@@ -167,24 +192,28 @@ def build(options: argparse.Namespace, say: Callable[[str], None]) -> "tuple[VLM
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     sizes = engine_options(options, vlm)
     say(described(check_memory(vlm.generator, sizes), sizes))
-    engine = Engine(vlm.generator, token_bytes(vlm.processor.tokenizer), sizes)
+    engine = Engine(vlm.generator, token_bytes(vlm.processor.tokenizer), sizes, followers)
 
     def progress(done: int, of: int) -> None:
         if done == of or done % PROGRAMS_A_LINE == 1:
             say(f"compiling: {done} of {of} programs")
 
     engine.warm_up(progress)
-    engine.start()
     return vlm, engine
 
 
-def mesh_of(sizes: dict[str, int]) -> "Mesh":
-    """The first devices as a mesh with axes of these sizes. Raises UserError where there are too few."""
+def mesh_of(sizes: dict[str, int] | None) -> "Mesh | None":
+    """The first devices as a mesh with axes of these sizes. Raises UserError where it is none that can be served."""
     import jax
 
     from qwenvl_jax.sharding import make_mesh
 
-    needed, devices = math.prod(sizes.values()), jax.devices()
+    devices = jax.devices()
+    needed = 1 if sizes is None else math.prod(sizes.values())
+    if jax.process_count() > 1 and needed != len(devices):
+        raise UserError(f"--mesh: on several hosts it takes all devices, of which there are {len(devices)}")
+    if sizes is None:
+        return None
     if needed > len(devices):
         raise UserError(f"--mesh: {needed} devices are asked for; there are {len(devices)}")
     return make_mesh("fsdp_tensor", devices[:needed], data=sizes.get("data", 1), tensor=sizes.get("tensor", 1))
