@@ -5,6 +5,7 @@ what its compiler makes of them.
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from qwenvl_jax.data.record_batches import BatchRecipe
 from qwenvl_jax.inference import slots
 from qwenvl_jax.inference.decode import Generator
 from qwenvl_jax.inference.sampling import SamplingOptions, controls
-from qwenvl_jax.inference.steps import Rows, in_int8
+from qwenvl_jax.inference.steps import decode, in_int8
 from qwenvl_jax.models.qwen_vl import frequencies
 from qwenvl_jax.nn.lora import LoraRecipe
 from qwenvl_jax.processing.template import Prompt
@@ -76,8 +77,11 @@ def test_encoding_prefill_and_decoding(quantize):
     past, state, fixed, _ = jax.eval_shape(lambda: generator.prefill(batch, wanted))
     int8 = jax.eval_shape(in_int8, past)
     for kept in (past, int8):
-        steps = (kept, fixed, Rows(batch.lengths, one), np.int32(0), np.int32(8), np.zeros(1, bool))
-        found = lowered(generator._decode.jitted, generator.leaves, *steps, state=state)
+        steps = (kept, fixed, np.int32(0), np.int32(8), np.zeros(1, bool))
+        found = lowered(generator.decode_steps.jitted, generator.leaves, *steps, state=state)
         assert found.platforms == PLATFORMS
+    speculating = state._replace(history=jax.ShapeDtypeStruct((1, 64), np.int32))
+    program = generator.program(partial(decode, drafts=3)).jitted
+    assert lowered(program, generator.leaves, *steps, state=speculating).platforms == PLATFORMS
     assert lowered(jax.jit(in_int8), past).platforms == PLATFORMS
-    assert lowered(jax.jit(slots._flush), int8.k[0], state.recent_k[0], one, one).platforms == PLATFORMS
+    assert lowered(jax.jit(slots._flush), int8.k[0], state.recent_k[0], one, state.taken).platforms == PLATFORMS

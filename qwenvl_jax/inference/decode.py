@@ -20,7 +20,7 @@ from qwenvl_jax.inference import steps
 from qwenvl_jax.inference.layout import Layout
 from qwenvl_jax.inference.programs import Counter, Program
 from qwenvl_jax.inference.sampling import Controls, SamplingOptions, controls
-from qwenvl_jax.inference.steps import Fixed, Grown, Past, Rows, State
+from qwenvl_jax.inference.steps import Fixed, Grown, Past, State
 from qwenvl_jax.models.qwen_vl import QwenVL, frequencies, unstack
 from qwenvl_jax.nn.adapter_bank import banked_linears
 from qwenvl_jax.processing.template import Prompt
@@ -59,6 +59,7 @@ class Batch(NamedTuple):
 class Generator:
     """A model ready for inference. `programs` counts those compiled so far. Threads may share it.
 
+    decode_steps: the program of `steps.decode`, by the past's B and S, for a loop that has its own batch (`slots.py`).
     adapters: how many it has to choose from; adapts_pictures: whether any of them changes how pictures are encoded.
     """
 
@@ -70,7 +71,7 @@ class Generator:
         self.programs = Counter(self.layout)
         self._encode = self.program(steps.encode, Layout.everywhere)
         self._prefill = self.program(steps.prefill, Layout.batch)
-        self._decode = self.program(steps.decode, Layout.batch, donate_argnames="state")
+        self.decode_steps = self.program(steps.decode, Layout.batch, donate_argnames="state")
         self._logits = self.program(steps.all_logits, Layout.everywhere)
         self._score = self.program(steps.score, Layout.everywhere)
         # A past that stays as long as it was is filled in place.
@@ -169,16 +170,15 @@ class Generator:
             return self._prefill[batch.shape](self.leaves, *batch, padded, rotary, shift, finished, adapter)
 
     def decode(
-        self, past: Past, state: State, fixed: Fixed, rows: Rows, used: int, steps: int, stopped: np.ndarray
+        self, past: Past, state: State, fixed: Fixed, used: int, end: int, stopped: np.ndarray
     ) -> tuple[State, Grown]:
-        """At most `steps` more tokens of every reply, fewer when all are done.
+        """Decode steps into the recent slots from `used` to `end`, fewer when all replies are done. Uses up the state.
 
-        used: filled slots of the recent part, used + steps <= CHUNK; stopped bool [B]: replies that have ended for a
-        reason the model does not know.
+        stopped bool [B]: replies that have ended for a reason the model does not know.
         """
         with self._lock:
-            return self._decode[past.shape](
-                self.leaves, past, fixed, rows, np.int32(used), np.int32(used + steps), stopped, state=state
+            return self.decode_steps[past.shape](
+                self.leaves, past, fixed, np.int32(used), np.int32(end), stopped, state=state
             )
 
     def chosen(self, adapter: int) -> np.ndarray | None:
@@ -197,10 +197,6 @@ class Generator:
         self._prefill.compile((1, length, pictures), self.leaves, *arguments)
         return self.layout.batch(jax.eval_shape(self._prefill.jitted, self.leaves, *arguments))
 
-    def compile_decode(self, past: Past, state: State, fixed: Fixed, rows: Rows, number: Any, flags: Any) -> None:
-        """Compiles decode steps for a batch of these shapes; number int32 [], flags bool [B]."""
-        self._decode.compile(past.shape, self.leaves, past, fixed, rows, number, number, flags, state=state)
-
     def features(self, pictures: int) -> jax.ShapeDtypeStruct:
         """The shape of the features of so many pictures, [I, Q, D]."""
         return jax.eval_shape(self._encode.jitted, self.leaves, self.pixels(pictures))
@@ -210,13 +206,15 @@ class Generator:
         size = self.config.visual.image_size
         return jax.ShapeDtypeStruct((pictures, 3, size, size), np.float32)
 
-    def flush(self, past: Past, state: State, rows: Rows, slots: int) -> Past:
-        """Moves the full recent part behind the filled slots of the past, which then has `slots` slots."""
-        same = past.shape[1] == slots
+    def flush(self, past: Past, state: State, slots: int) -> tuple[Past, State]:
+        """Moves the recent part behind the filled slots of the past, which then has `slots` slots."""
         with self._lock:
-            program = self._flush if same else self._grow
-            recent_k, recent_v = state.recent_k, state.recent_v
-            return program[past.shape, slots](past=past, recent_k=recent_k, recent_v=recent_v, rows=rows, slots=slots)
+            program = self._flush if past.shape[1] == slots else self._grow
+            recent = {"recent_k": state.recent_k, "recent_v": state.recent_v}
+            past, lengths, taken = program[past.shape, slots](
+                past=past, **recent, lengths=state.lengths, taken=state.taken, slots=slots
+            )
+        return past, state._replace(lengths=lengths, taken=taken)
 
     def logits(self, batch: Batch, valid: np.ndarray, rotary: np.ndarray) -> jax.Array:
         """float32 [B, T, V] of whole sequences; valid bool [B, T] (False: padding); rotary as in `prefill`."""

@@ -26,14 +26,17 @@ from qwenvl_jax.inference.reply import Reply
 from qwenvl_jax.inference.requests import Listener, Request
 from qwenvl_jax.inference.sampling import controls
 from qwenvl_jax.inference.slots import LiveBatch
-from qwenvl_jax.inference.steps import Grown
+from qwenvl_jax.inference.steps import CHUNK, Grown
 from qwenvl_jax.inference.work import HostsPart, Leader, Work
 from qwenvl_jax.models.qwen_vl import frequencies
 from qwenvl_jax.processing.images import picture_key
 
 STEPS_PER_TURN = 4  # decode steps between two looks at what is new
+STEPS_OF_MANY = 8  # the same where more than MANY replies share a step: each takes longer, and has more to be told of
+MANY = 8
 TOKENS_PER_TURN = 512  # of prompts read in a turn while replies are waiting for their next token
 SMALLEST_CACHE = 128
+MOST_DRAFTS = CHUNK // 2 - 1  # two steps before the recent part of the cache is full
 CacheForm = Literal["model", "int8"]
 logger = logging.getLogger(__name__)
 
@@ -46,12 +49,15 @@ class EngineOptions:
     max_length: int = 1024  # tokens of a prompt and its reply
     pictures: int = 512  # whose features are kept
     prefixes: int = 16384  # tokens of prompts whose keys and values are kept; 0 for none
+    drafts: int = 0  # tokens looked up in the prompt and checked beside the next one, where replies are greedy and few
     cache: CacheForm = "model"  # form of keys and values: the model's dtype, or 8 bits, which changes replies a little
 
     def __post_init__(self):
-        for name, least in (("slots", 1), ("max_length", 2), ("pictures", 1), ("prefixes", 0)):
+        for name, least in (("slots", 1), ("max_length", 2), ("pictures", 1), ("prefixes", 0), ("drafts", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.drafts > MOST_DRAFTS:
+            raise UserError(f"drafts is {self.drafts}; it must be at most {MOST_DRAFTS}")
         if self.cache not in get_args(CacheForm):
             raise UserError(f"cache is {self.cache!r}; it must be one of {', '.join(get_args(CacheForm))}")
 
@@ -81,7 +87,8 @@ class Engine:
         prompt_sizes = _sizes(SHORTEST_BUCKET, options.max_length, between=256)
         int8 = options.cache == "int8"
         self._reader = PromptReader(generator, prompt_sizes, options.pictures, options.prefixes, int8)
-        self._batch = LiveBatch(generator, _row_sizes(options.slots), _sizes(SMALLEST_CACHE, options.max_length))
+        cache_sizes = _sizes(SMALLEST_CACHE, options.max_length, between=SMALLEST_CACHE)
+        self._batch = LiveBatch(generator, _row_sizes(options.slots), cache_sizes, options.drafts)
         self._work = Work(self._reader, self._batch, leader)
         self._leader = leader
         self._lock = threading.Lock()
@@ -233,12 +240,13 @@ class Engine:
         self._forget_cancelled()
         before = len(self._unread)
         self._admit()
-        steps = STEPS_PER_TURN
+        steps = STEPS_PER_TURN if self.running <= MANY else STEPS_OF_MANY
         if any(reply is not None and reply.request.constraint is not None for reply in self._batch.replies):
             steps = self._constrain()
             before = 0
         if self._batch.live.any():
-            self._unread.append(_Report.of(*self._work.decode(steps)))
+            speculate = any(reply is not None and reply.draftable for reply in self._batch.replies)
+            self._unread.append(_Report.of(*self._work.decode(steps, speculate)))
         else:
             before = len(self._unread)
         # What this turn has asked for is read in the next one: the device always has something to do.
@@ -285,8 +293,8 @@ class Engine:
                 self._fail([reply], repr(error))
                 continue
             self._leave_queue(reply)
-            self._work.put()
-            self._unread.append(_Report.of(first, [reply]))
+            mark = self._work.put()
+            self._unread.append(_Report.of(first, [reply], mark))
             room -= 1
             budget = None if budget is None else budget - computed
 
@@ -301,12 +309,14 @@ class Engine:
             if reply is None or reply.finished or reply.cancelled:
                 continue
             try:
-                reply.grow(grown, row, report.start)
+                reply.grow(grown, row)
             except Exception as error:  # of this reply alone: its constraint's, or its listener's
                 logger.exception("a reply failed")
                 self._fail([reply], repr(error))
             if reply.finished:
                 self._work.drop(reply)
+            else:
+                self._work.note(reply, reply.generated, report.mark)
         if np.any(grown.broken):
             self._work.clear()
 
@@ -321,20 +331,20 @@ class Engine:
 
 @dataclasses.dataclass(frozen=True)
 class _Report:
-    """What a call gives, still on the device: for the replies that had the rows then, tokens from slot `start` on."""
+    """What a call gives, still on the device, for the replies that had the rows then. mark: see `LiveBatch.note`."""
 
     grown: Grown
     replies: list[Reply | None]
-    start: int
+    mark: int
 
     @classmethod
-    def of(cls, grown: Grown, replies: list[Reply | None], start: int = 0) -> "_Report":
+    def of(cls, grown: Grown, replies: list[Reply | None], mark: int) -> "_Report":
         """Begins to copy what the replies ask for."""
         if not any(reply is not None and reply.request.alternatives is not None for reply in replies):
             grown = grown._replace(choices=None)
         for array in jax.tree.leaves(grown):
             array.copy_to_host_async()
-        return cls(grown, replies, start)
+        return cls(grown, replies, mark)
 
 
 def _side_by_side(

@@ -12,7 +12,7 @@ import numpy as np
 
 from qwenvl_jax.inference.decode import Batch, Generator, length_bucket
 from qwenvl_jax.inference.sampling import SamplingOptions, controls
-from qwenvl_jax.inference.steps import CHUNK, Rows, State
+from qwenvl_jax.inference.steps import CHUNK, State
 from qwenvl_jax.inference.text import TextStream
 from qwenvl_jax.processing.template import Prompt
 
@@ -84,10 +84,9 @@ class Generation:
                 self._flush(self._state)
             steps = min(steps, CHUNK - self._used)
             self._state, grown = self._generator.decode(
-                self._past, self._state, self._fixed, self._rows, self._used, steps, self._stopped
+                self._past, self._state, self._fixed, self._used, self._used + steps, self._stopped
             )
             tokens, generated, done = self._fetch(grown.tokens, grown.generated, grown.done)
-            tokens = tokens[:, self._used :]
             # Some reply has grown at every step, or the steps would have ended.
             self._used += int(np.max(generated - self.generated))
         new = [row[:count].tolist() for row, count in zip(tokens, generated - self.generated, strict=True)]
@@ -98,10 +97,6 @@ class Generation:
         self.generated, self._done = generated, done | self._stopped[: len(done)]
         return new
 
-    @property
-    def _rows(self) -> Rows:
-        return Rows(self._lengths, np.zeros_like(self._lengths))  # all rows came in together
-
     def _fetch(self, *arrays: jax.Array) -> list[np.ndarray]:
         """Arrays [rows, ...] on the host, without the rows that fill the bucket."""
         return [value[: len(self._done)] for value in jax.device_get(arrays)]
@@ -109,7 +104,7 @@ class Generation:
     def _flush(self, state: State) -> None:
         longest = np.max(self._lengths[: len(self._done)][~self._done])
         slots = max(self._past.shape[1], length_bucket(longest + CHUNK))
-        self._past = self._generator.flush(self._past, state, self._rows, slots)
+        self._past, self._state = self._generator.flush(self._past, state, slots)
         self._lengths = self._lengths + np.int32(CHUNK)
         self._used = 0
 

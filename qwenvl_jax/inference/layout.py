@@ -12,10 +12,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from qwenvl_jax.inference.steps import Fixed, Grown, Past, State
+from qwenvl_jax.inference.steps import Grown, Past, State
 from qwenvl_jax.sharding import DEFAULT_RULES
 
-_KINDS = (Past, State, Fixed, Grown)
+_KINDS = (Past, State, Grown)
 
 
 class Layout:
@@ -41,7 +41,7 @@ class Layout:
         return jax.tree.map(lambda leaf: self._placed(leaf, "batch", "heads"), tree)
 
     def batch(self, tree: Any) -> Any:
-        """Of any of `Past`, `State`, `Fixed` and `Grown`, each as is right for its parts."""
+        """Of any of `Past`, `State`, `Fixed` and `Grown`, each as is right for its parts; all else has rows."""
 
         def one(part: Any) -> Any:
             match part:
@@ -50,11 +50,9 @@ class Layout:
                 case State():
                     recent_k, recent_v = self.tokens(part.recent_k), self.tokens(part.recent_v)
                     return self.rows(part)._replace(recent_k=recent_k, recent_v=recent_v)
-                case Fixed():
-                    return self.rows(part)
                 case Grown():
                     return self.everywhere(part)
-            raise TypeError(f"{type(part).__name__} is no part of a batch")
+            return self.rows(part)
 
         return jax.tree.map(one, tree, is_leaf=lambda part: isinstance(part, _KINDS))
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from qwenvl_jax.inference.requests import FinishReason, Listener, Request, TokenChoice, Update
 from qwenvl_jax.inference.sampling import Controls
+from qwenvl_jax.inference.speculation import draftable
 from qwenvl_jax.inference.steps import Choice, Grown
 from qwenvl_jax.inference.text import TextStream
 
@@ -27,14 +28,15 @@ class Reply:
         self._listener = listener
         options = request.options
         self._stream = TextStream(table, stop=options.stop, min_tokens=options.min_new_tokens, strip=request.strip)
-        self._generated = 0
+        self.generated = 0  # tokens that were read, a stop token included
+        self.draftable = bool(draftable(controls, np.full(1, options.min_new_tokens))[0])  # sooner or later
         self._held: deque[tuple[int, int, TokenChoice]] = deque()  # choices with the characters they begin and end at
 
-    def grow(self, grown: Grown, row: int, start: int) -> None:
-        """Takes the tokens of a row, on the host, from the given place on; tells the listener."""
+    def grow(self, grown: Grown, row: int) -> None:
+        """Takes the new tokens of a row, on the host; tells the listener."""
         generated = int(grown.generated[row])
-        tokens = grown.tokens[row, start : start + generated - self._generated].tolist()
-        self._generated = generated
+        tokens = grown.tokens[row, : generated - self.generated].tolist()
+        self.generated = generated
         if grown.broken[row]:
             return self.fail("the model's logits are no numbers")
         reason: FinishReason | None = None
@@ -46,7 +48,7 @@ class Reply:
         if self.request.constraint is not None:
             for token in tokens:
                 self.request.constraint.accept(token)
-        text = self._feed(tokens, start, None if grown.choices is None else _row(grown.choices, row))
+        text = self._feed(tokens, None if grown.choices is None else _row(grown.choices, row))
         if self._stream.stopped:
             reason, generated = "stop", self._stream.tokens
         elif reason is not None:
@@ -60,16 +62,16 @@ class Reply:
     def fail(self, error: str) -> None:
         """Ends the reply in an error."""
         self.finished = True
-        self._tell(Update("", self._generated, finish_reason="error", error=error))
+        self._tell(Update("", self.generated, finish_reason="error", error=error))
 
     def _tell(self, update: Update) -> None:
         if not self.cancelled:
             self._listener(update)
 
-    def _feed(self, tokens: list[int], start: int, choices: Choice | None) -> str:
+    def _feed(self, tokens: list[int], choices: Choice | None) -> str:
         text = ""
         wanted = self.request.alternatives
-        for place, token in enumerate(tokens, start):
+        for place, token in enumerate(tokens):
             if self._stream.stopped:
                 break
             begin = self._stream.decoded

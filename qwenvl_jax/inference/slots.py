@@ -13,13 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwenvl_jax.inference import steps
 from qwenvl_jax.inference.decode import Generator
 from qwenvl_jax.inference.layout import Layout
 from qwenvl_jax.inference.programs import Program
-from qwenvl_jax.inference.steps import CHUNK, Fixed, Grown, Past, Rows, State
+from qwenvl_jax.inference.steps import CHUNK, Fixed, Grown, Past, State
 from qwenvl_jax.nn import cache as kv_cache
 from qwenvl_jax.nn.int8_tokens import TokenArray
 
+MOST_SPECULATING = 8  # rows; a larger batch keeps the device busy with what is certain
 RECENT = "recent"  # in the place of a number of slots, where the arrays are those of the recent part
 
 
@@ -32,11 +34,14 @@ class Prefilled(NamedTuple):
 
 
 class LiveBatch:
-    """Rows of replies in progress. row_sizes, slot_sizes: what R and S may be, ascending. Not for several threads."""
+    """Rows of replies in progress. row_sizes, slot_sizes: what R and S may be, ascending. Not for several threads.
 
-    def __init__(self, generator: Generator, row_sizes: Sequence[int], slot_sizes: Sequence[int]):
+    drafts: tokens that a step of a batch of few rows may add beside the next one, 0 for none.
+    """
+
+    def __init__(self, generator: Generator, row_sizes: Sequence[int], slot_sizes: Sequence[int], drafts: int = 0):
         self._row_sizes, self._slot_sizes = tuple(row_sizes), tuple(slot_sizes)
-        self._generator = generator
+        self._generator, self._drafts = generator, drafts
         counter = generator.programs
         self._place = Program(_place, counter, Layout.tokens, donate_argnums=0)
         self._flush = Program(_flush, counter, Layout.tokens, donate_argnums=0)
@@ -45,10 +50,16 @@ class LiveBatch:
         self._take = Program(_take, counter, Layout.batch)
         self._allow = Program(_join, counter, Layout.rows, donate_argnums=0)
         self._clear = Program(_clear, counter, Layout.tokens, donate_argnums=0)
+        self._settle = Program(steps.settled, counter, Layout.rows)
+        speculate = partial(steps.decode, drafts=drafts)
+        self._speculate = generator.program(speculate, Layout.batch, donate_argnames="state")
 
     def compile(self, replies: dict[int, Prefilled]) -> list[Callable[[], None]]:
         """What compiles all programs. replies: the shapes of a prefilled reply, by its number of slots T."""
         self._shape = next(iter(replies.values()))
+        if self._drafts:
+            history = jax.ShapeDtypeStruct((1, self._slot_sizes[-1]), np.int32)
+            self._shape = self._shape._replace(state=self._shape.state._replace(history=history))
         tasks = []
         for rows in self._row_sizes:
             tasks += self._compile_rows(rows)
@@ -63,8 +74,10 @@ class LiveBatch:
         rows, slots = self._row_sizes[0], self._slot_sizes[0]
         self._past, self._state, self._fixed = self._generator.layout.zeros(self._sized(rows, slots))
         self.replies: list[Any] = [None] * rows  # who has which row
-        self._lengths, self._born = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        self._used = 0  # filled recent slots
+        self._prompts = np.zeros(rows, np.int32)  # tokens of the prompts
+        self._most = np.zeros(rows, np.int32)  # the most slots that a row can have filled by now
+        self._used = 0  # recent slots that have been written
+        self._asked = 0  # tokens that each reply could have grown by since the start
 
     @property
     def most(self) -> int:
@@ -86,18 +99,24 @@ class LiveBatch:
         """R and S."""
         return self._past.shape
 
-    def put(self, reply: Any, one: Prefilled, length: int) -> None:
-        """Takes in a reply whose prompt has `length` tokens. There must be fewer than `most`."""
+    def put(self, reply: Any, one: Prefilled, ids: np.ndarray) -> int:
+        """Takes in a reply to the prompt `ids`. There must be fewer than `most`. Returns a mark for `note`."""
         self._fit(coming=1, slots=one.past.shape[1])
         if not self.live.any():
             self._used = 0
         row = self.replies.index(None)
         place = self._place[*self.size, one.past.shape[1]]
         self._past = each(place, (self._past, one.past), np.int32(row))
-        ours, theirs = (_but_recent(self._state), self._fixed), (_but_recent(one.state), one.fixed)
+        state = _but_recent(one.state)
+        if self._drafts:
+            history = np.zeros((1, self._slot_sizes[-1]), np.int32)
+            history[0, : len(ids)] = ids
+            state = state._replace(history=history)
+        ours, theirs = (_but_recent(self._state), self._fixed), (state, one.fixed)
         small, self._fixed = self._join[len(self.replies)](ours, theirs, np.int32(row))
         self._state = small._replace(recent_k=self._state.recent_k, recent_v=self._state.recent_v)
-        self.replies[row], self._lengths[row], self._born[row] = reply, length, self._used
+        self.replies[row], self._prompts[row], self._most[row] = reply, len(ids), len(ids)
+        return self._asked
 
     def allow(self, reply: Any, tokens: np.ndarray) -> None:
         """What may come next in a reply that is constrained: bool [V]."""
@@ -109,7 +128,7 @@ class LiveBatch:
     def drop(self, reply: Any) -> None:
         """Gives up the row of a reply."""
         row = self.replies.index(reply)
-        self.replies[row], self._lengths[row], self._born[row] = None, 0, 0
+        self.replies[row] = None
 
     def clear(self) -> None:
         """Sets to zero what no reply has any more: no mask hides what is no number."""
@@ -118,21 +137,32 @@ class LiveBatch:
         recent = each(self._clear[self.size[0], RECENT], [Past(self._state.recent_k, self._state.recent_v)], live)
         self._state = self._state._replace(recent_k=recent.k, recent_v=recent.v)
 
-    def decode(self, steps: int) -> tuple[Grown, list[Any], int]:
-        """At most `steps` more tokens of every reply: in the slots from the last number on, for the replies listed."""
+    def decode(self, steps: int, speculate: bool = False) -> tuple[Grown, list[Any], int]:
+        """Runs so many steps for every reply. Returns what they add, to which replies, and a mark for `note`.
+
+        speculate: whether steps may add drafts; a batch of many rows does not.
+        """
         self._fit()
-        if self._used == CHUNK:
+        rows = len(self.replies)
+        width = 1 + self._drafts if speculate and self._drafts and rows <= MOST_SPECULATING else 1
+        if self._used + width > CHUNK:
             self._flush_recent()
         start = self._used
-        self._used = min(start + steps, CHUNK)
-        rows = Rows(self._lengths.copy(), self._born.copy())
-        self._state, grown = self._generator.decode(
-            self._past, self._state, self._fixed, rows, start, self._used - start, ~self.live
-        )
-        return grown, list(self.replies), start
+        self._used = start + min(steps, (CHUNK - start) // width) * width
+        self._asked += self._used - start
+        self._most += np.where(self.live, self._used - start, 0).astype(np.int32)
+        arguments = self._past, self._fixed, np.int32(start), np.int32(self._used), ~self.live
+        program = self._generator.decode_steps if width == 1 else self._speculate
+        self._state, grown = program[self.size](self._generator.leaves, *arguments, state=self._state)
+        return grown, list(self.replies), self._asked
+
+    def note(self, reply: Any, generated: int, mark: int) -> None:
+        """A reply had so many tokens after the call that `mark` came of; what has been asked for since may add some."""
+        row = self.replies.index(reply)
+        self._most[row] = self._prompts[row] + generated - 1 + self._asked - mark
 
     def _filled(self) -> np.ndarray:
-        return np.where(self.live, self._lengths + self._used - self._born, 0)
+        return np.where(self.live, self._most, 0)
 
     def _fit(self, coming: int = 0, slots: int = 0) -> None:
         """Brings the arrays to a size for the replies, `coming` more, and `slots` slots in each.
@@ -151,12 +181,12 @@ class LiveBatch:
             self._to_slots(roomy)
 
     def _flush_recent(self) -> None:
-        recent = Past(self._state.recent_k, self._state.recent_v)
-        lengths, born = self._lengths.copy(), self._born.copy()
+        state = self._state
         flush = self._flush[self.size]
-        self._past = each(flush, (self._past, recent), lengths, born)
-        self._lengths = self._filled().astype(np.int32)
-        self._born[:] = self._used = 0
+        self._past = each(flush, (self._past, Past(state.recent_k, state.recent_v)), state.lengths, state.taken)
+        lengths, taken = self._settle[len(self.replies)](state.lengths, state.taken)
+        self._state = state._replace(lengths=lengths, taken=taken)
+        self._used = 0
 
     def _to_rows(self, rows: int) -> None:
         """Changes R by way of the sizes between, with the replies moved to the front."""
@@ -171,7 +201,7 @@ class LiveBatch:
             recent = each(for_recent, [recent], index)
             self._past = each(for_past, [self._past], index)
             self._state = small._replace(recent_k=recent.k, recent_v=recent.v)
-            self._lengths, self._born = (np.where(index < 0, 0, old[index]) for old in (self._lengths, self._born))
+            self._prompts, self._most = (np.where(index < 0, 0, old[index]) for old in (self._prompts, self._most))
             self.replies = [reply for reply in self.replies if reply is not None] + [None] * (size - count)
 
     def _to_slots(self, slots: int) -> None:
@@ -196,6 +226,7 @@ class LiveBatch:
         ours, theirs = (_but_recent(state), fixed), (_but_recent(self._shape.state), self._shape.fixed)
         row = jax.ShapeDtypeStruct((), np.int32)
         tasks: list[Callable[[], None]] = [partial(self._join.compile, rows, ours, theirs, row)]
+        tasks.append(partial(self._settle.compile, rows, state.lengths, state.taken))
         flags = jax.ShapeDtypeStruct((rows,), bool)
         tasks.append(partial(self._clear.compile, (rows, RECENT), state.recent_k[0], flags))
         allowed = (each_row.controls.allowed for each_row in (fixed, self._shape.fixed))
@@ -214,7 +245,7 @@ class LiveBatch:
         places, flags = (jax.ShapeDtypeStruct((rows,), dtype) for dtype in (np.int32, bool))
 
         def moves() -> None:
-            self._flush.compile((rows, slots), array, state.recent_k[0], places, places)
+            self._flush.compile((rows, slots), array, state.recent_k[0], state.lengths, state.taken)
             self._clear.compile((rows, slots), array, flags)
             for reply in replies:
                 self._place.compile((rows, slots, reply.past.shape[1]), array, reply.past.k[0], number)
@@ -224,10 +255,11 @@ class LiveBatch:
             for other in _neighbours(self._slot_sizes, slots):
                 self._resize.compile((rows, slots, rows, other), array, places, slots=other)
 
-        def decode() -> None:
-            self._generator.compile_decode(past, state, fixed, Rows(places, places), number, flags)
-
-        return [decode, moves]
+        arguments = self._generator.leaves, past, fixed, number, number, flags
+        programs = [self._generator.decode_steps]
+        if self._drafts and rows <= MOST_SPECULATING:
+            programs.append(self._speculate)
+        return [*(partial(program.compile, (rows, slots), *arguments, state=state) for program in programs), moves]
 
 
 def each(function: Callable[..., Any], pasts: Sequence[Past], *rest: Any) -> Past:
@@ -276,8 +308,8 @@ def _place(old: TokenArray, new: TokenArray, row: jax.Array) -> TokenArray:
     return jax.tree.map(placed, old, new)
 
 
-def _flush(old: TokenArray, recent: jax.Array, lengths: jax.Array, born: jax.Array) -> TokenArray:
-    return kv_cache.flushed(old, recent, lengths, born, old.shape[2])
+def _flush(old: TokenArray, recent: jax.Array, lengths: jax.Array, taken: jax.Array) -> TokenArray:
+    return kv_cache.flushed(old, recent, lengths, taken, old.shape[2])
 
 
 def _resize(old: TokenArray, index: jax.Array, slots: int) -> TokenArray:

@@ -1,8 +1,9 @@
 """What inference computes, as plain functions to be compiled: prefill, decode steps, flushing, logits, scores.
 
-A batch is B rows with a reply each. Its rows may have come in at different times (`Rows.born`), which is all that the
-difference between a static batch and one that requests join and leave is to these functions. Which shapes there are,
-and what is compiled when, is the business of `decode.py` and `slots.py`.
+A batch is B rows with a reply each. Its rows may have come in at different times, and grow by different numbers of
+tokens at a step: `State` says of each row where its tokens are, which is all that a batch that requests join and leave
+differs in from a static one. Which shapes there are, and what is compiled when, is the business of `decode.py` and
+`slots.py`.
 """
 
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from qwenvl_jax.inference.sampling import Array, Controls, sample
+from qwenvl_jax.inference.speculation import NOTHING, draftable, drafted
 from qwenvl_jax.models.qwen_vl import QwenVL
 from qwenvl_jax.nn import cache as kv_cache
 from qwenvl_jax.nn.adapter_bank import with_chosen
@@ -49,12 +51,16 @@ class State(NamedTuple):
 
     recent_k: list[jax.Array]  # [B, N, CHUNK, H] per layer
     recent_v: list[jax.Array]
+    taken: jax.Array  # bool [B, CHUNK], recent slots with a token of the row's reply
+    lengths: jax.Array  # int32 [B], filled slots of the past
     last: jax.Array  # int32 [B], the newest token, not yet in the cache
     logits: jax.Array  # float32 [B, V], which it was chosen from
     counts: jax.Array  # int32 [B, V], how often the reply has each token
     generated: jax.Array  # int32 [B], tokens of the reply
     done: jax.Array  # bool [B]
     broken: jax.Array  # bool [B], some logit was no number; the reply is done
+    # int32 [B, L], the tokens of the past and of the taken slots, which drafts are looked up in; None without drafts
+    history: Any = None
 
 
 class Fixed(NamedTuple):
@@ -67,18 +73,10 @@ class Fixed(NamedTuple):
     adapter: Array | None = None  # int32 [B], the adapter of each row, 0 for none; None where the model has no bank
 
 
-class Rows(NamedTuple):
-    """Where the tokens of each row are, int32 [B]: filled slots of the past, and the first recent slot that counts."""
-
-    lengths: Any
-    born: Any
-
-
 class Grown(NamedTuple):
     """What a call has added, in arrays of its own: the state itself goes on into the next call."""
 
-    # int32 [B, CHUNK]: slot i holds the token that followed the one in recent slot i. Of a prefill: [B, 1]
-    tokens: jax.Array
+    tokens: jax.Array  # int32 [B, CHUNK], those of each row first that the call has added. Of a prefill: [B, 1]
     choices: Choice | None  # None on the host, where nobody asks for them
     generated: jax.Array  # int32 [B]
     done: jax.Array  # bool [B]
@@ -112,7 +110,7 @@ def prefill(model: QwenVL, ids, slots, lengths, features, controls: Controls, ro
     real = jnp.where(jnp.arange(length) < lengths[:, None], ids, logits.shape[-1])
     in_prompt = jnp.zeros(logits.shape, bool).at[jnp.arange(rows)[:, None], real].set(True, mode="drop")
     caches = [kv_cache.start(k, v, CHUNK) for k, v in kv]
-    return _begun(caches, logits, Fixed(controls, in_prompt, rotary, shift, adapter), finished)
+    return _begun(caches, logits, Fixed(controls, in_prompt, rotary, shift, adapter), finished, lengths)
 
 
 def extend(
@@ -142,17 +140,19 @@ def extend(
     pasts = [(filled(cache.past_k, cache.recent_k), filled(cache.past_v, cache.recent_v)) for cache in caches]
     caches = [kv_cache.with_recent(k, v, CHUNK, embedded.dtype) for k, v in pasts]
     fixed = Fixed(controls, in_prompt, rotary, jnp.zeros(1, jnp.int32), adapter)
-    return _begun(caches, logits, fixed, jnp.zeros(1, bool))
+    return _begun(caches, logits, fixed, jnp.zeros(1, bool), start + length)
 
 
 def _begun(
-    caches: list[kv_cache.LayerCache], logits: jax.Array, fixed: Fixed, finished: jax.Array
+    caches: list[kv_cache.LayerCache], logits: jax.Array, fixed: Fixed, finished: jax.Array, lengths: jax.Array
 ) -> tuple[Past, State, Fixed, Grown]:
-    """Replies with their first tokens, chosen from logits float32 [B, V]."""
+    """Replies with their first tokens, chosen from logits float32 [B, V]; lengths int32 [B], of the prompts."""
     rows = len(logits)
     state = State(
         recent_k=[cache.recent_k for cache in caches],
         recent_v=[cache.recent_v for cache in caches],
+        taken=jnp.zeros((rows, CHUNK), bool),
+        lengths=lengths,
         last=jnp.zeros(rows, jnp.int32),
         logits=logits,
         counts=jnp.zeros(logits.shape, jnp.int32),
@@ -160,35 +160,53 @@ def _begun(
         done=finished,
         broken=jnp.zeros(rows, bool),
     )
-    state, choice = choose(state, logits, fixed)
-    first = Grown(
-        state.last[:, None],
-        jax.tree.map(lambda part: part[:, None], choice),
-        state.generated,
-        state.done,
-        state.broken,
-    )
+    state, chosen = choose(state, logits[:, None], state.last[:, None], fixed)
+    choice = jax.tree.map(lambda part: part[:, None], chosen.choice)
+    first = Grown(chosen.tokens, choice, state.generated, state.done, state.broken)
     return Past([cache.past_k for cache in caches], [cache.past_v for cache in caches]), state, fixed, first
 
 
-def choose(state: State, logits: jax.Array, fixed: Fixed) -> tuple[State, Choice]:
-    """The state with the next token of every reply that is not done, and how it was chosen."""
-    controls = fixed.controls
-    token = sample(logits, controls, fixed.in_prompt, state.counts, state.generated)
-    going = ~state.done
-    generated = state.generated + going
-    rows = jnp.arange(len(token))
-    ended = controls.stops[rows, token] | (generated >= controls.max_new_tokens)
-    broken = ~jnp.all(jnp.isfinite(logits), axis=-1) & going
-    state = state._replace(
-        last=token,
-        logits=logits,
-        counts=state.counts.at[rows, token].add(going.astype(jnp.int32)),
-        generated=generated,
-        done=state.done | ended | broken,
-        broken=state.broken | broken,
-    )
-    return state, described(logits, token, jnp.any(controls.logprobs & going))
+class Chosen(NamedTuple):
+    """What one step has chosen. The added tokens of a row come first."""
+
+    tokens: jax.Array  # int32 [B, T]
+    added: jax.Array  # bool [B, T]
+    choice: Choice  # how the first one was
+
+
+def choose(state: State, logits: jax.Array, read: jax.Array, fixed: Fixed) -> tuple[State, Chosen]:
+    """The state with the next tokens of every reply that is not done.
+
+    read int32 [B, T]: the newest token and drafts of those after it, NOTHING where there is none; logits float32
+    [B, T, V]: what the model says after each. A reply grows by one token, and by another one for every draft that is
+    what the model says: what it gets is what it would get one by one.
+    """
+    controls, rows = fixed.controls, jnp.arange(len(read))
+    tokens, added = [], []
+    ended, may_go_on = state.done, draftable(controls, state.generated)
+    wanted = jnp.any(controls.logprobs & ~state.done)
+    for place in range(read.shape[1]):
+        here = logits[:, place]
+        if place == 0:
+            token, going = sample(here, controls, fixed.in_prompt, state.counts, state.generated), ~ended
+            choice = described(here, token, wanted)
+        else:
+            going &= ~ended & may_go_on & (read[:, place] == token)
+            token = jnp.argmax(here, axis=-1).astype(jnp.int32)
+        generated = state.generated + going
+        broken = ~jnp.all(jnp.isfinite(here), axis=-1) & going
+        ended = controls.stops[rows, token] | (generated >= controls.max_new_tokens) | broken
+        state = state._replace(
+            last=jnp.where(going, token, state.last) if place else token,
+            logits=jnp.where(going[:, None], here, state.logits) if place else here,
+            counts=state.counts.at[rows, token].add(going.astype(jnp.int32)),
+            generated=generated,
+            done=state.done | (ended & going),
+            broken=state.broken | broken,
+        )
+        tokens.append(token)
+        added.append(going)
+    return state, Chosen(jnp.stack(tokens, axis=1), jnp.stack(added, axis=1), choice)
 
 
 def described(logits: jax.Array, token: jax.Array, wanted: jax.Array) -> Choice:
@@ -208,49 +226,63 @@ def described(logits: jax.Array, token: jax.Array, wanted: jax.Array) -> Choice:
 
 
 def decode(
-    model: QwenVL, past: Past, fixed: Fixed, rows: Rows, used, end, stopped, *, state: State
+    model: QwenVL, past: Past, fixed: Fixed, used, end, stopped, *, state: State, drafts: int = 0
 ) -> tuple[State, Grown]:
     """Decode steps into the recent slots from `used` to `end`, fewer when every reply is done.
 
-    stopped bool [B]: replies that have ended for a reason the model does not know.
+    A step takes 1 + drafts slots and adds as many tokens to a reply at most, where the state has a history to look for
+    drafts in. stopped bool [B]: replies that have ended for a reason the model does not know.
     """
     model = with_chosen(model, fixed.adapter)
     batch, slots = past.shape
-    most = min(MOST_ALTERNATIVES, state.logits.shape[-1])
+    width, most = 1 + drafts, min(MOST_ALTERNATIVES, state.logits.shape[-1])
     choices = Choice(
         jnp.zeros((batch, CHUNK)), jnp.zeros((batch, CHUNK, most), jnp.int32), jnp.zeros((batch, CHUNK, most))
     )
+    before, rows = state.generated, jnp.arange(batch)
 
     def step(carry):
         at, state, tokens, choices = carry
-        mask = kv_cache.cached_mask(rows.lengths, slots, rows.born, at, CHUNK)
-        positions = (fixed.shift + rows.lengths - rows.born + at)[:, None]
+        read, positions = state.last[:, None], state.lengths + jnp.sum(state.taken, axis=1)
+        if state.history is not None:
+            history, read = drafted(state.history, state.last, positions, drafts)
+            state = state._replace(history=history)
+        mask = kv_cache.cached_mask(state.lengths, slots, state.taken, at, width)
+        positions = (fixed.shift + positions)[:, None] + jnp.arange(width)
         context = model.context(mask, positions, jnp.asarray(fixed.frequencies), cache_slot=at)
         layers = zip(past.k, past.v, state.recent_k, state.recent_v, strict=True)
         caches = [kv_cache.LayerCache(*layer) for layer in layers]
-        hidden, caches = model(model.embed(state.last[:, None]), context, caches)
+        hidden, caches = model(model.embed(jnp.where(read == NOTHING, 0, read)), context, caches)
         state = state._replace(recent_k=[c.recent_k for c in caches], recent_v=[c.recent_v for c in caches])
-        state, choice = choose(state, model.logits(hidden[:, 0]), fixed)
-
-        def put(old, new):
-            return jax.lax.dynamic_update_slice_in_dim(old, new[:, None], at, axis=1)
-
-        return at + 1, state, put(tokens, state.last), jax.tree.map(put, choices, choice)
+        old = state.generated
+        state, chosen = choose(state, model.logits(hidden), read, fixed)
+        taken = jax.lax.dynamic_update_slice_in_dim(state.taken, chosen.added, at, axis=1)
+        targets = jnp.where(chosen.added, (old - before)[:, None] + jnp.arange(width), CHUNK)
+        tokens = tokens.at[rows[:, None], targets].set(chosen.tokens, mode="drop")
+        choices = jax.tree.map(
+            lambda all, new: all.at[rows, targets[:, 0]].set(new, mode="drop"), choices, chosen.choice
+        )
+        return at + width, state._replace(taken=taken), tokens, choices
 
     def unfinished(carry):
         at, state, *_ = carry
-        return (at < end) & ~jnp.all(state.done)
+        return (at + width <= end) & ~jnp.all(state.done)
 
     start = (used, state._replace(done=state.done | stopped), jnp.zeros((batch, CHUNK), jnp.int32), choices)
     _, state, tokens, choices = jax.lax.while_loop(unfinished, step, start)
     return state, Grown(tokens, choices, state.generated, state.done, state.broken)
 
 
-def flush(past: Past, recent_k, recent_v, rows: Rows, slots: int) -> Past:
-    """The past, of `slots` slots, with all recent tokens behind the filled ones of each row."""
+def flush(past: Past, recent_k, recent_v, lengths, taken, slots: int) -> tuple[Past, jax.Array, jax.Array]:
+    """The past, of `slots` slots, with all recent tokens behind the filled ones of each row; then as `settled`."""
     layers = zip(past.k, past.v, recent_k, recent_v, strict=True)
-    caches = [kv_cache.flush(kv_cache.LayerCache(*layer), rows.lengths, rows.born, slots) for layer in layers]
-    return Past([cache.past_k for cache in caches], [cache.past_v for cache in caches])
+    caches = [kv_cache.flush(kv_cache.LayerCache(*layer), lengths, taken, slots) for layer in layers]
+    return Past([cache.past_k for cache in caches], [cache.past_v for cache in caches]), *settled(lengths, taken)
+
+
+def settled(lengths: jax.Array, taken: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`State.lengths` and `State.taken` once the recent tokens are in the past."""
+    return lengths + jnp.sum(taken, axis=1), jnp.zeros_like(taken)
 
 
 def in_int8(past: tuple[list[jax.Array], list[jax.Array]]) -> Past:

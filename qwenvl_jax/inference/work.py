@@ -58,13 +58,14 @@ class Work:
             self._read, grown, computed = self._reader.read(reply)
         return grown, computed
 
-    def put(self) -> None:
+    def put(self) -> int:
         """`LiveBatch.put` of what was read last."""
         with self._told("put"):
             assert self._head is not None
             assert self._read is not None
-            self._batch.put(self._head, self._read, len(self._head.request.prompt.input_ids))
+            mark = self._batch.put(self._head, self._read, self._head.request.prompt.input_ids)
         self._head = self._read = None
+        return mark
 
     def allow(self, reply: Reply, tokens: np.ndarray) -> None:
         """`LiveBatch.allow`."""
@@ -86,10 +87,15 @@ class Work:
         with self._told("start"):
             self._batch.start()
 
-    def decode(self, steps: int) -> tuple[Grown, list[Any], int]:
+    def decode(self, steps: int, speculate: bool) -> tuple[Grown, list[Any], int]:
         """`LiveBatch.decode`."""
-        with self._told("decode", steps):
-            return self._batch.decode(steps)
+        with self._told("decode", steps, speculate):
+            return self._batch.decode(steps, speculate)
+
+    def note(self, reply: Reply, generated: int, mark: int) -> None:
+        """`LiveBatch.note`."""
+        with self._told("note", self._batch.replies.index(reply), generated, mark):
+            self._batch.note(reply, generated, mark)
 
     def follow(self, orders: Iterable[tuple]) -> None:
         """Does what a leader tells."""
@@ -103,6 +109,7 @@ class Work:
             "clear": self.clear,
             "start": self.start,
             "decode": self.decode,
+            "note": lambda row, *told: self.note(self._batch.replies[row], *told),
         }
         for name, *arguments in orders:
             calls[name](*arguments)

@@ -1,8 +1,9 @@
 """The KV cache of decoding: each layer's keys and values of the tokens so far.
 
 It has two parts. The past is only read by decode steps, so a compiled loop over steps never copies it; the few most
-recent tokens are written, one slot per step and the same slot in every sequence, however long each of them is. When the
-recent part is full, `flush` moves it into the past. Slots are only places: positions belong to the rotary tables.
+recent tokens are written, at every step into the same slots of every sequence, however long each of them is; which of
+these a sequence has a token in is told beside them. When the recent part is full, `flush` moves it into the past. Slots
+are only places: positions belong to the rotary tables.
 The past may be in 8 bits: what comes to it is quantised then, and the recent part stays as the model made it.
 """
 
@@ -50,31 +51,31 @@ def with_recent(k: TokenArray, v: TokenArray, recent: int, dtype) -> LayerCache:
     return LayerCache(k, v, empty, empty)
 
 
-def cached_mask(past: jax.Array, slots: int, born: jax.Array, recent: jax.Array, recent_slots: int) -> jax.Array:
-    """bool [B, 1, S + R], where a new token may look: the first `past` (int [B]) slots, recent ones `born` to `recent`.
+def cached_mask(past: jax.Array, slots: int, taken: jax.Array, at: jax.Array, tokens: int) -> jax.Array:
+    """bool [B, T, S + R], where T new tokens may look, which lie in the recent slots from `at` (int []) on.
 
-    born int [B]: the recent slot of the first token that a sequence has there.
+    The first `past` (int [B]) slots, the recent ones that are `taken` (bool [B, R]), the new tokens before them, and
+    themselves.
     """
     old = jnp.arange(slots) < past[:, None]
-    places = jnp.arange(recent_slots)
-    new = (places >= born[:, None]) & (places <= recent)
-    return jnp.concatenate([old, new], axis=1)[:, None, :]
+    places, own = jnp.arange(taken.shape[1]), at + jnp.arange(tokens)[:, None]
+    new = taken[:, None] | ((places >= at) & (places <= own))
+    return jnp.concatenate([jnp.broadcast_to(old[:, None], (*new.shape[:2], slots)), new], axis=2)
 
 
-def flush(cache: LayerCache, past: jax.Array, born: jax.Array, slots: int) -> LayerCache:
+def flush(cache: LayerCache, past: jax.Array, taken: jax.Array, slots: int) -> LayerCache:
     """Both pasts as `flushed` makes them."""
-    past_k = flushed(cache.past_k, cache.recent_k, past, born, slots)
-    return cache._replace(past_k=past_k, past_v=flushed(cache.past_v, cache.recent_v, past, born, slots))
+    past_k = flushed(cache.past_k, cache.recent_k, past, taken, slots)
+    return cache._replace(past_k=past_k, past_v=flushed(cache.past_v, cache.recent_v, past, taken, slots))
 
 
-def flushed(old: TokenArray, recent: jax.Array, past: jax.Array, born: jax.Array, slots: int) -> TokenArray:
-    """The recent tokens [B, N, R, H] from slot `born` (int [B]) on behind the first `past` (int [B]) slots of each row.
+def flushed(old: TokenArray, recent: jax.Array, past: jax.Array, taken: jax.Array, slots: int) -> TokenArray:
+    """The recent tokens [B, N, R, H] in slots that are `taken` (bool [B, R]) behind the first `past` (int [B]) slots.
 
     old [B, N, S, H]; the result has `slots` slots, S or more. What would fall behind its end is dropped.
     """
     rows = jnp.arange(past.shape[0])[:, None]
-    places = jnp.arange(recent.shape[2])
-    targets = jnp.where(places >= born[:, None], past[:, None] - born[:, None] + places, slots)  # [B, R]
+    targets = jnp.where(taken, past[:, None] + jnp.cumsum(taken, axis=1) - 1, slots)  # [B, R]
 
     def moved(old, new):
         # Indexed dimensions come first: [B, R, N, H].

@@ -178,11 +178,12 @@ def _note_failure(error: APIError, server: Server, record: Record) -> None:
 
 
 async def _pieces(replies: Replies, job: Job, progress: Progress, server: Server) -> AsyncIterator[Piece]:
-    aligners = [Aligner(server.token_texts) for _ in job.requests]
+    aligners = [Aligner(server.token_texts) if wanted.alternatives is not None else None for wanted in job.requests]
     offsets = [0] * len(job.requests)
     async for index, update in replies:
         progress.note(index, update)
-        texts = aligners[index].split(update.text, update.choices)
+        aligner = aligners[index]
+        texts = [] if aligner is None else aligner.split(update.text, update.choices)
         yield Piece(index, update.text, texts, update.choices, offsets[index], update.finish_reason)
         offsets[index] += len(update.text)
 

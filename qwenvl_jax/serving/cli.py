@@ -42,7 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
             hosts.serve(options)
         with listen(options.host, options.port) as listening:
             told = settings(options)
-            from qwenvl_jax.serving import run  # here, so that `--help` and a wrong option do not wait for JAX
+            try:
+                from qwenvl_jax.serving import run  # here, so that `--help` and a wrong option do not wait for JAX
+            except ModuleNotFoundError as error:
+                needed = "the server needs packages that are not there"
+                raise UserError(f"{needed} ({error.name}): pip install 'qwenvl-jax[serve]'") from None
 
             return run.serve(told, listening, lambda say: build(options, say), options.log_level)
     except UserError as error:
@@ -92,6 +96,13 @@ def parser() -> argparse.ArgumentParser:
         type=_whole,
         default=16384,
         help="of beginnings of prompts that are kept (16384)",
+    )
+    add(
+        "--speculate",
+        metavar="TOKENS",
+        type=_whole,
+        default=0,
+        help="looked up in the prompt and checked beside the next one, for greedy replies while few are made (0)",
     )
     add = made.add_argument_group("several hosts, all with the same command, as of train.py").add_argument
     add("--hosts.detect", action="store_true", help="take address, count and index from the cluster's environment")
@@ -223,7 +234,13 @@ def engine_options(options: argparse.Namespace, vlm: "VLM") -> "EngineOptions":
     """What the engine keeps in memory. Raises UserError."""
     from qwenvl_jax.inference.engine import EngineOptions
 
-    return EngineOptions(options.slots, max_length(options, vlm), prefixes=options.prefixes, cache=options.kv_cache)
+    return EngineOptions(
+        options.slots,
+        max_length(options, vlm),
+        prefixes=options.prefixes,
+        drafts=options.speculate,
+        cache=options.kv_cache,
+    )
 
 
 def max_length(options: argparse.Namespace, vlm: "VLM") -> int:

@@ -75,6 +75,7 @@ class Replies:
         self._unfinished = len(requests)
         if not engine.alive:
             raise engine_gone()
+        self._next_look = self._loop.call_later(0, self._look)
         self._tickets: list[Any] = []
         try:
             for number, request in enumerate(requests):
@@ -87,6 +88,7 @@ class Replies:
 
     def cancel(self) -> None:
         """Gives back what the engine holds for these requests; those that have ended are left alone."""
+        self._next_look.cancel()
         for ticket in self._tickets:
             self._engine.cancel(ticket)
 
@@ -97,7 +99,10 @@ class Replies:
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Update]]:
         while self._unfinished:
-            await self._wait()
+            await self._arrived.wait()
+            self._arrived.clear()
+            if self._error is not None:
+                raise self._error
             for number, update in self._take():
                 if update.finish_reason == "error":
                     raise internal_error() from RuntimeError(update.error)
@@ -110,20 +115,15 @@ class Replies:
         with contextlib.suppress(RuntimeError):  # the loop has ended, and with it who would read
             self._loop.call_soon_threadsafe(self._arrived.set)
 
-    async def _wait(self) -> None:
-        while not self._arrived.is_set():
-            left = self._deadline - time.monotonic()
-            if left <= 0:
-                raise timed_out()
-            try:
-                async with asyncio.timeout(min(left, SECONDS_BETWEEN_LOOKS)):
-                    await self._arrived.wait()
-            except TimeoutError:
-                if not self._engine.alive and not self._updates:
-                    raise engine_gone() from None
-        self._arrived.clear()
-        if self._error is not None:
-            raise self._error
+    def _look(self) -> None:
+        """Once in a while: is there still time, and an engine? A timeout around every wait would cost more than it."""
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            self.fail(timed_out())
+        elif not self._engine.alive and not self._updates:
+            self.fail(engine_gone())
+        else:
+            self._next_look = self._loop.call_later(min(left, SECONDS_BETWEEN_LOOKS), self._look)
 
     def _take(self) -> list[tuple[int, Update]]:
         """All that has come, one update for each reply."""

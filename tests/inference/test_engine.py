@@ -181,9 +181,9 @@ def test_a_constrained_reply_has_its_form_and_the_others_do_not_notice(engine, g
 def test_a_row_is_free_two_turns_after_its_client_has_gone(engine, monkeypatch):
     turns, decode = [], LiveBatch.decode
 
-    def counted(self, steps):
+    def counted(self, steps, speculate):
         turns.append(steps)
-        return decode(self, steps)
+        return decode(self, steps, speculate)
 
     monkeypatch.setattr(LiveBatch, "decode", counted)
     listening = Listening()
@@ -236,7 +236,7 @@ def test_logits_that_are_no_numbers_end_their_own_reply(engine, generator):
 
 
 def test_a_turn_that_fails_ends_its_replies_and_no_others(engine, monkeypatch):
-    def failing(self, steps):
+    def failing(self, steps, speculate):
         monkeypatch.undo()
         raise RuntimeError("out of memory")
 

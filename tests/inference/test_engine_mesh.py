@@ -21,7 +21,7 @@ from qwenvl_jax.nn.int8_tokens import Int8Tokens
 from qwenvl_jax.sharding import make_mesh, param_shardings
 
 LENGTH = 160  # two sizes of caches, 128 and this
-OPTIONS = EngineOptions(slots=4, max_length=LENGTH, pictures=8, prefixes=1024)  # 1 row or 4
+OPTIONS = EngineOptions(slots=4, max_length=LENGTH, pictures=8, prefixes=1024, drafts=3)  # 1 row or 4
 LARGEST = 2e-4  # difference of a logit, that of tests/test_sharding.py
 TABLE = {token: bytes([token % 26 + 97]) for token in range(320)}
 
@@ -85,7 +85,7 @@ def test_rows_and_heads_are_split(engine):
             assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, P(split, "tensor")), leaf.ndim)
         for leaf in jax.tree.leaves((state._replace(recent_k=[], recent_v=[]), fixed)):
             assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, P(split)), leaf.ndim)
-        compiled = engine._generator._decode._ahead[rows, LENGTH]
+        compiled = engine._generator.decode_steps._ahead[rows, LENGTH]
         new, grown = compiled.output_shardings
         expected = jax.tree.map(lambda leaf: leaf.sharding, state)
         shapes = jax.tree.leaves(state)
@@ -105,7 +105,7 @@ def shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
 def test_no_program_gathers_the_cache(engine):
     """A step, a row that comes in, and recent tokens that are moved: none has the keys of other rows or heads come."""
     batch, key = engine._batch, (4, LENGTH)
-    programs = [engine._generator._decode._ahead[key], batch._place._ahead[*key, 128], batch._flush._ahead[key]]
+    programs = [engine._generator.decode_steps._ahead[key], batch._place._ahead[*key, 128], batch._flush._ahead[key]]
     for program in programs:
         text = program.as_text()
         assert f",{LENGTH},64]" in text  # keys and values [R, N, S, H]; the compiler may change the order of the first

@@ -103,8 +103,8 @@ def test_decoding_copies_no_cache(generator):
         generation = Generation(generator, [text_prompt(length)], [SamplingOptions()])
         generation.advance()
         old = generation._state
-        arguments = (generation._past, generation._fixed, generation._rows, np.int32(0), np.int32(1))
-        program = generator._decode.jitted.lower(
+        arguments = (generation._past, generation._fixed, np.int32(0), np.int32(1))
+        program = generator.decode_steps.jitted.lower(
             generator.leaves, *arguments, generation._stopped, state=generation._state
         ).compile()
         scratch[length] = program.memory_analysis().temp_size_in_bytes

@@ -99,10 +99,10 @@ def test_a_reply_outlives_the_recent_part(engine, tiny):
 
 
 def next_logits(tiny: VLM, generation: Generation, past: steps.Past) -> np.ndarray:
-    state, (fixed, rows, stopped) = generation._state, (generation._fixed, generation._rows, generation._stopped)
-    program = tiny.generator._decode.jitted  # the key of a program that is compiled ahead has no dtypes
+    state, fixed, stopped = generation._state, generation._fixed, generation._stopped
+    program = tiny.generator.decode_steps.jitted  # the key of a program that is compiled ahead has no dtypes
     state, _ = program(
-        tiny.generator.leaves, past, fixed, rows, np.int32(0), np.int32(1), stopped, state=jax.tree.map(jnp.copy, state)
+        tiny.generator.leaves, past, fixed, np.int32(0), np.int32(1), stopped, state=jax.tree.map(jnp.copy, state)
     )
     return np.asarray(state.logits)
 

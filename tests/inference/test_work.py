@@ -16,7 +16,7 @@ from qwenvl_jax.inference.engine import Engine, EngineOptions
 from qwenvl_jax.inference.sampling import SamplingOptions
 from qwenvl_jax.inference.slots import LiveBatch
 
-OPTIONS = EngineOptions(slots=4, max_length=128, pictures=2, prefixes=512)
+OPTIONS = EngineOptions(slots=4, max_length=128, pictures=2, prefixes=512, drafts=3)
 TABLE = {token: bytes([token % 26 + 97]) for token in range(320)}
 
 
@@ -96,10 +96,10 @@ def test_a_follower_does_what_its_leader_does(leader, told, small_model, monkeyp
     follower.warm_up()
     orders = [pickle.loads(order) for order in told.orders]
     assert {order[0] for order in orders} == {
-        "begin", "encode", "read", "put", "allow", "drop", "clear", "start", "decode",
+        "begin", "encode", "read", "put", "allow", "drop", "clear", "start", "decode", "note",
     }  # fmt: skip
     follower.follow(orders)
-    for name in ("_past", "_state", "_fixed", "_lengths", "_born", "_used"):
+    for name in ("_past", "_state", "_fixed", "_prompts", "_most", "_used", "_asked"):
         mine, its = getattr(follower._batch, name), getattr(leader._batch, name)
         jax.tree.map(np.testing.assert_array_equal, mine, its)
     assert (follower.running, follower.recompiles) == (0, 0)
@@ -110,7 +110,7 @@ def test_a_follower_does_what_its_leader_does(leader, told, small_model, monkeyp
 def test_a_call_that_fails_ends_the_engine(leader, told, monkeypatch):
     """Nobody knows whether it has failed on the other hosts."""
 
-    def failing(self, steps):
+    def failing(self, steps, speculate):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(LiveBatch, "decode", failing)

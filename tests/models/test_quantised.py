@@ -9,7 +9,6 @@ from flax import nnx
 from qwenvl_jax.config import QwenVLConfig, UserError, VisionConfig
 from qwenvl_jax.inference.decode import Generator
 from qwenvl_jax.inference.sampling import SamplingOptions, controls
-from qwenvl_jax.inference.steps import Rows
 from qwenvl_jax.models.quantised import FORMS, LINEARS, Quantisation, dequantise, form_of, quantise, quantised_linears
 from qwenvl_jax.models.qwen_vl import QwenVL, frequencies, unstack
 from qwenvl_jax.nn.attention import causal_mask
@@ -78,9 +77,8 @@ def test_the_compiled_decode_widens_one_layer_at_a_time(model, form):
         prompt = Prompt(ids, np.full(8, -1, np.int32), np.zeros((0, 3, 28, 28), np.float32), [])
         past, state, fixed, _ = generator.prefill(generator.batch([prompt]), controls([SamplingOptions()], [], 64))
         stopped = np.zeros(1, bool)
-        rows = Rows(np.full(1, 8, np.int32), np.zeros(1, np.int32))
-        lowered = generator._decode.jitted.lower(
-            generator.leaves, past, fixed, rows, np.int32(0), np.int32(8), stopped, state=state
+        lowered = generator.decode_steps.jitted.lower(
+            generator.leaves, past, fixed, np.int32(0), np.int32(8), stopped, state=state
         )
         return lowered.compile().memory_analysis().temp_size_in_bytes
 

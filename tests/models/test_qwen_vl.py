@@ -154,7 +154,8 @@ def test_decoding_over_a_cache_is_the_forward_pass():
     @jax.jit
     def step(caches, token, at):
         past = jnp.full(2, prompt)
-        mask = kv_cache.cached_mask(past, prompt, jnp.zeros(2, jnp.int32), at, room)
+        taken = jnp.broadcast_to(jnp.arange(room) < at, (2, room))
+        mask = kv_cache.cached_mask(past, prompt, taken, at, tokens=1)
         context = model.context(mask, (past + at)[:, None], rotary, cache_slot=at)
         hidden, caches = model(model.embed(token), context, caches)
         return model.logits(hidden), caches

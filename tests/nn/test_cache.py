@@ -8,7 +8,7 @@ import pytest
 from qwenvl_jax.nn import cache as kv_cache
 
 ROWS, HEADS, HEAD_DIM, RECENT = 3, 2, 4, 3
-NONE = np.zeros(ROWS, np.int32)  # every row's tokens begin in the first recent slot
+ALL = np.ones((ROWS, RECENT), bool)  # every row has a token in every recent slot
 LENGTHS = np.array([5, 2, 4])  # of the prompts, padded on the right to the longest
 
 
@@ -38,14 +38,14 @@ def test_steps_over_the_cache_are_attention_over_everything(grow):
     step = jax.jit(
         lambda cache, q, k, v, past, at: (
             (filled := cache.append(k, v, at)),
-            filled.attend(q, kv_cache.cached_mask(past, cache.past_k.shape[2], NONE, at, RECENT)),
+            filled.attend(q, kv_cache.cached_mask(past, cache.past_k.shape[2], ALL & (jnp.arange(RECENT) < at), at, 1)),
         )
     )
     for count in range(8):
         at = count % RECENT
         if count and at == 0:
             slots += grow
-            cache = kv_cache.flush(cache, past, NONE, slots)
+            cache = kv_cache.flush(cache, past, ALL, slots)
             past = past + RECENT
         q, k, v = (random(generator, 1) for _ in range(3))
         cache, mixed = step(cache, q, k, v, past, jnp.int32(at))
@@ -72,17 +72,22 @@ def test_flush_moves_each_row_behind_its_own_tokens():
     prompt = random(generator, 6)
     new = random(generator, RECENT)
     cache = kv_cache.start(prompt, prompt, RECENT).append(new, new, jnp.int32(0))
-    flushed = kv_cache.flush(cache, jnp.array([3, 0, 6]), NONE, 8)
+    taken = np.array([[1, 1, 1], [1, 0, 1], [1, 1, 1]], bool)
+    flushed = kv_cache.flush(cache, jnp.array([3, 0, 6]), taken, 8)
     moved = np.asarray(flushed.past_k).transpose(0, 2, 1, 3)
     np.testing.assert_array_equal(moved[0, :6], np.concatenate([prompt[0, :3], new[0]]))
-    np.testing.assert_array_equal(moved[1, :3], new[1])
+    np.testing.assert_array_equal(moved[1, :2], new[1, [0, 2]])
     np.testing.assert_array_equal(moved[2], np.concatenate([prompt[2], new[2, :2]]))  # the third finds no room
     np.testing.assert_array_equal(flushed.past_v, flushed.past_k)
 
 
 def test_cached_mask():
-    mask = kv_cache.cached_mask(jnp.array([2, 0, 1]), 3, jnp.array([0, 0, 1]), jnp.int32(1), 3)
-    expected = [[[1, 1, 0, 1, 1, 0]], [[0, 0, 0, 1, 1, 0]], [[1, 0, 0, 0, 1, 0]]]
+    taken = np.array([[1, 0, 0, 0], [0, 0, 0, 0]], bool)
+    mask = kv_cache.cached_mask(jnp.array([2, 0]), 3, taken, jnp.int32(2), tokens=2)
+    expected = [
+        [[1, 1, 0, 1, 0, 1, 0], [1, 1, 0, 1, 0, 1, 1]],
+        [[0, 0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 1, 1]],
+    ]
     np.testing.assert_array_equal(mask, np.array(expected, bool))
 
 
