@@ -6,7 +6,6 @@ server does before it starts: nothing is run, and neither weights nor a GPU are 
 
 import argparse
 import itertools
-import math
 import sys
 from types import SimpleNamespace
 
@@ -16,7 +15,8 @@ from flax import nnx
 from full_size import RELEASED
 
 from qwenvl_jax.inference.engine import CacheForm, EngineOptions
-from qwenvl_jax.inference.memory import GIB, plan_memory
+from qwenvl_jax.inference.layout import Layout
+from qwenvl_jax.inference.memory import GIB, held, plan_memory
 from qwenvl_jax.models.quantised import Quantisation, quantise
 from qwenvl_jax.models.qwen_vl import QwenVL
 from qwenvl_jax.training.planned_devices import HARDWARE
@@ -34,11 +34,9 @@ def model_shapes(form: str | None) -> SimpleNamespace:
     model = nnx.eval_shape(lambda: QwenVL(RELEASED, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     if form is not None:
         model = jax.eval_shape(lambda whole: quantise(whole, Quantisation(form)), model)
-    one_device = SimpleNamespace(device_set={0})
-    sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(model)]
-    leaves = [SimpleNamespace(nbytes=size, sharding=one_device) for size in sizes]
+    leaves = jax.tree.leaves(model)
     features = SimpleNamespace(dtype=jnp.dtype(jnp.bfloat16))
-    return SimpleNamespace(config=RELEASED, leaves=leaves, features=lambda pictures: features)
+    return SimpleNamespace(config=RELEASED, leaves=leaves, layout=Layout(leaves), features=lambda pictures: features)
 
 
 def most_slots(shapes: SimpleNamespace, max_length: int, prefixes: int, cache: CacheForm, available: int) -> int:
@@ -65,7 +63,7 @@ def main() -> int:
             available = int(FRACTION * HARDWARE[gpu].memory * GIB)
             with_prefixes, without = (most_slots(shapes, length, count, cache, available) for count in PREFIXES)
             cells.append(f"{with_prefixes} / {without}" if without else "–")
-        weights = sum(leaf.nbytes for leaf in shapes.leaves) / GIB
+        weights = sum(map(held, shapes.leaves)) / GIB
         print(f"| {name} | {weights:.1f} | {cache} | {' | '.join(cells)} |", flush=True)
     return 0
 

@@ -71,7 +71,7 @@ def test_the_commands_of_a_page(page):
 DETECT = """
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
-from qwenvl_jax.training.hosts import HostsRecipe, connect
+from qwenvl_jax.hosts import HostsRecipe, connect
 connect(HostsRecipe(detect=True))
 print(jax.process_index(), jax.process_count(), jax.device_count())
 """

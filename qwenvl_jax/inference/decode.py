@@ -17,6 +17,7 @@ import numpy as np
 
 from qwenvl_jax.config import UserError
 from qwenvl_jax.inference import steps
+from qwenvl_jax.inference.layout import Layout
 from qwenvl_jax.inference.programs import Counter, Program
 from qwenvl_jax.inference.sampling import Controls, SamplingOptions, controls
 from qwenvl_jax.inference.steps import Fixed, Grown, Past, State
@@ -64,17 +65,18 @@ class Generator:
 
     def __init__(self, model: QwenVL):
         self.config = model.config
-        self.programs = Counter()
         self._lock = threading.RLock()
         self.load(model)
-        self._encode = self.program(steps.encode)
-        self._prefill = self.program(steps.prefill)
-        self.decode_steps = self.program(steps.decode, donate_argnames="state")
-        self._logits = self.program(steps.all_logits)
-        self._score = self.program(steps.score)
+        self.layout = Layout(self.leaves)
+        self.programs = Counter(self.layout)
+        self._encode = self.program(steps.encode, Layout.everywhere)
+        self._prefill = self.program(steps.prefill, Layout.batch)
+        self.decode_steps = self.program(steps.decode, Layout.batch, donate_argnames="state")
+        self._logits = self.program(steps.all_logits, Layout.everywhere)
+        self._score = self.program(steps.score, Layout.everywhere)
         # A past that stays as long as it was is filled in place.
-        self._flush = Program(steps.flush, self.programs, donate_argnames="past", static_argnames="slots")
-        self._grow = Program(steps.flush, self.programs, static_argnames="slots")
+        self._flush = Program(steps.flush, self.programs, Layout.batch, donate_argnames="past", static_argnames="slots")
+        self._grow = Program(steps.flush, self.programs, Layout.batch, static_argnames="slots")
 
     def load(self, model: QwenVL) -> None:
         """Goes on with the weights of another model of the same shapes and types, by the programs compiled so far."""
@@ -87,7 +89,7 @@ class Generator:
         """Lets go of the weights, for a loop that trains them; `load` brings the next ones."""
         self.leaves = []
 
-    def program(self, function: Callable, **options: Any) -> Program:
+    def program(self, function: Callable, place: Callable[[Layout, Any], Any], **options: Any) -> Program:
         """`function(model, ...)` compiled, to be called with `leaves`, the model's arrays, in place of the model.
 
         The model is taken apart once: walking through its modules would cost more than a decode step of a small model.
@@ -97,7 +99,7 @@ class Generator:
         def on_leaves(leaves, *args, **kwargs):
             return function(jax.tree.unflatten(self._structure, leaves), *args, **kwargs)
 
-        return Program(on_leaves, self.programs, **options)
+        return Program(on_leaves, self.programs, place, **options)
 
     def encode_images(self, pixels: np.ndarray) -> jax.Array:
         """pixels float32 [I, 3, S, S], normalised -> features [bucket(I), Q, D], zeros after the first I."""
@@ -193,7 +195,7 @@ class Generator:
         finished = jax.ShapeDtypeStruct((1,), bool)
         arguments = (ids, ids, number, features, options, rotary, number, finished, self.chosen(0))
         self._prefill.compile((1, length, pictures), self.leaves, *arguments)
-        return jax.eval_shape(self._prefill.jitted, self.leaves, *arguments)
+        return self.layout.batch(jax.eval_shape(self._prefill.jitted, self.leaves, *arguments))
 
     def features(self, pictures: int) -> jax.ShapeDtypeStruct:
         """The shape of the features of so many pictures, [I, Q, D]."""

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Literal, get_args
 
@@ -27,6 +27,7 @@ from qwenvl_jax.inference.requests import Listener, Request
 from qwenvl_jax.inference.sampling import controls
 from qwenvl_jax.inference.slots import LiveBatch
 from qwenvl_jax.inference.steps import CHUNK, Grown
+from qwenvl_jax.inference.work import HostsPart, Leader, Work
 from qwenvl_jax.models.qwen_vl import frequencies
 from qwenvl_jax.processing.images import picture_key
 
@@ -65,10 +66,17 @@ class Engine:
     """`warm_up`, then `start`; `submit` and `cancel` from any thread; `stop` at the end.
 
     generator: the model, which nobody else may use from then on. table: the bytes that each token adds to a text.
+    leader: where the model lies on several hosts, what tells the others; their engines `follow` after `warm_up`.
     Raises UserError for more positions than the model has.
     """
 
-    def __init__(self, generator: Generator, table: Mapping[int, bytes], options: EngineOptions | None = None):
+    def __init__(
+        self,
+        generator: Generator,
+        table: Mapping[int, bytes],
+        options: EngineOptions | None = None,
+        leader: Leader | None = None,
+    ):
         self.options = options = options or EngineOptions()
         most = generator.config.max_position_embeddings
         if options.max_length > most:
@@ -81,6 +89,8 @@ class Engine:
         self._reader = PromptReader(generator, prompt_sizes, options.pictures, options.prefixes, int8)
         cache_sizes = _sizes(SMALLEST_CACHE, options.max_length, between=SMALLEST_CACHE)
         self._batch = LiveBatch(generator, _row_sizes(options.slots), cache_sizes, options.drafts)
+        self._work = Work(self._reader, self._batch, leader)
+        self._leader = leader
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
         self._waiting: deque[Reply] = deque()
@@ -105,6 +115,10 @@ class Engine:
     def start(self) -> None:
         """Starts the thread that owns the device."""
         self._thread.start()
+
+    def follow(self, orders: Iterable[tuple]) -> None:
+        """Does what the engine of another host does, instead of `start`. Returns when there are no more orders."""
+        self._work.follow(orders)
 
     # From any thread.
 
@@ -137,7 +151,7 @@ class Engine:
         blocks = block_digests(request.prompt, request.picture_keys, rotary, request.adapter, queries)
         reply = Reply(request, listener, chosen, blocks, self._table)
         with self._wake:
-            if self._stopping or (self._thread.ident is not None and not self._thread.is_alive()):
+            if self._stopping or (self._thread.ident is not None and not self.alive):
                 raise RuntimeError("the engine has stopped")
             if self._resting:
                 self._resting = False
@@ -162,8 +176,8 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
+        """Whether the thread runs, and all hosts that follow are there."""
+        return self._thread.is_alive() and not (self._leader is not None and self._leader.lost)
 
     @property
     def running(self) -> int:
@@ -207,13 +221,20 @@ class Engine:
                     break
             self.last_step = time.monotonic()
             try:
-                self._turn()
-            except Exception as error:
-                logger.exception("a turn of the engine failed")
-                self._fail(self._batch.replies, repr(error))
-                self._unread.clear()
-                self._batch.start()
+                self._turn_or_start_again()
+            except HostsPart:
+                logger.exception("the engine has ended")
+                break
         self._fail([*self._batch.replies, *self._waiting], "the engine was stopped")
+
+    def _turn_or_start_again(self) -> None:
+        try:
+            self._turn()
+        except Exception as error:
+            logger.exception("a turn of the engine failed")
+            self._fail(self._batch.replies, repr(error))
+            self._unread.clear()
+            self._work.start()
 
     def _turn(self) -> None:
         self._forget_cancelled()
@@ -225,7 +246,7 @@ class Engine:
             before = 0
         if self._batch.live.any():
             speculate = any(reply is not None and reply.draftable for reply in self._batch.replies)
-            self._unread.append(_Report.of(*self._batch.decode(steps, speculate)))
+            self._unread.append(_Report.of(*self._work.decode(steps, speculate)))
         else:
             before = len(self._unread)
         # What this turn has asked for is read in the next one: the device always has something to do.
@@ -242,11 +263,11 @@ class Engine:
         for reply in self._batch.replies:
             if reply is not None and reply.request.constraint is not None:
                 try:
-                    self._batch.allow(reply, reply.request.constraint.allowed())
+                    self._work.allow(reply, reply.request.constraint.allowed())
                 except Exception as error:  # of this reply alone
                     logger.exception("a constraint failed")
                     self._fail([reply], repr(error))
-                    self._batch.drop(reply)
+                    self._work.drop(reply)
         return 1
 
     def _forget_cancelled(self) -> None:
@@ -254,7 +275,7 @@ class Engine:
             self._waiting = deque(reply for reply in self._waiting if not reply.cancelled)
         for reply in self._batch.replies:
             if reply is not None and reply.cancelled:
-                self._batch.drop(reply)
+                self._work.drop(reply)
 
     def _admit(self) -> None:
         """Takes in requests while there are rows; where replies are in progress, as much as may hold them up."""
@@ -264,16 +285,16 @@ class Engine:
             reply = self._waiting[0]
             reply.begun = reply.begun or time.monotonic()  # its pictures may take it several turns
             try:
-                if self._reader.encode(reply) and budget is not None:
+                if self._work.encode(reply) and budget is not None:
                     return
-                one, first, computed = self._reader.read(reply)
+                first, computed = self._work.read(reply)
             except Exception as error:  # of this request alone
                 logger.exception("a request failed before its first token")
                 self._leave_queue(reply)
                 self._fail([reply], repr(error))
                 continue
             self._leave_queue(reply)
-            mark = self._batch.put(reply, one, reply.request.prompt.input_ids)
+            mark = self._work.put()
             self._unread.append(_Report.of(first, [reply], mark))
             room -= 1
             budget = None if budget is None else budget - computed
@@ -294,11 +315,11 @@ class Engine:
                 logger.exception("a reply failed")
                 self._fail([reply], repr(error))
             if reply.finished:
-                self._batch.drop(reply)
+                self._work.drop(reply)
             else:
-                self._batch.note(reply, reply.generated, report.mark)
+                self._work.note(reply, reply.generated, report.mark)
         if np.any(grown.broken):
-            self._batch.clear()
+            self._work.clear()
 
     def _fail(self, replies: Sequence[Reply | None], error: str) -> None:
         for reply in replies:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwenvl_jax.inference.decode import Generator
+from qwenvl_jax.inference.layout import Layout
 from qwenvl_jax.models.qwen_vl import QwenVL
 from qwenvl_jax.nn.adapter_bank import with_chosen
 
@@ -26,8 +27,8 @@ class PictureFeatures:
         self._generator = generator
         self._capacity = capacity
         self._kept: OrderedDict[bytes, jax.Array] = OrderedDict()
-        self._encode = generator.program(_encode_each)
-        self._stack = generator.program(_stacked)
+        self._encode = generator.program(_encode_each, Layout.everywhere)
+        self._stack = generator.program(_stacked, Layout.everywhere)
         self._nothing = np.zeros((generator.config.visual.n_queries, generator.config.hidden_size), np.float32)
 
     def compile(self, pictures: Sequence[int]) -> list[Callable[[], None]]:

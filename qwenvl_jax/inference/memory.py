@@ -1,6 +1,7 @@
 """What an engine will need of its device's memory, before anything is allocated: what fits and what does not."""
 
 import dataclasses
+import math
 import os
 from typing import NamedTuple
 
@@ -41,23 +42,37 @@ class MemoryPlan(NamedTuple):
 def plan_memory(generator: Generator, options: EngineOptions, available: int | None = None) -> MemoryPlan:
     """Of an engine with these options. available: bytes of the device, by default what it says that it has."""
     config, dtype_size = generator.config, generator.features(1).dtype.itemsize
-    devices = len(generator.leaves[0].sharding.device_set)
-    heads = 2 * config.num_hidden_layers * config.num_attention_heads
-    computed = heads * config.kv_channels * dtype_size  # keys and values of a token
-    stored = heads * (config.kv_channels + SCALE) if options.cache == "int8" else computed
+    rows, heads = _shares(generator, options.slots)
+    parts = 2 * config.num_hidden_layers * config.num_attention_heads // heads
+    computed = parts * config.kv_channels * dtype_size  # keys and values of a token
+    stored = parts * (config.kv_channels + SCALE) if options.cache == "int8" else computed
     array = stored // (2 * config.num_hidden_layers) * options.slots * options.max_length
     queries, width = config.visual.n_queries, config.hidden_size
     longest = options.max_length + EXTENSIONS[-1]
-    scores = 4 * config.num_attention_heads * min(longest, LONGEST_DENSE) * longest
+    scores = 4 * config.num_attention_heads // heads * min(longest, LONGEST_DENSE) * longest
     return MemoryPlan(
-        weights=sum(leaf.nbytes for leaf in generator.leaves) // devices,
-        cache=options.slots * (stored * options.max_length + computed * CHUNK) + array,
-        sampling=options.slots * config.vocab_size * (4 + 4 + 3),
+        weights=sum(held(leaf) for leaf in generator.leaves),
+        cache=(options.slots * (stored * options.max_length + computed * CHUNK) + array) // rows,
+        sampling=options.slots * config.vocab_size * (4 + 4 + 3) // rows,
         prefixes=stored * options.prefixes,
         pictures=options.pictures * queries * width * dtype_size,
         work=2 * computed * longest + 3 * scores,
         available=memory_of(jax.local_devices()[0]) if available is None else available,
     )
+
+
+def held(leaf: jax.Array | jax.ShapeDtypeStruct) -> int:
+    """Bytes of an array that each device has."""
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize
+
+
+def _shares(generator: Generator, slots: int) -> tuple[int, int]:
+    """Into how many parts the rows of the largest batch are divided, and its heads."""
+    heads = generator.config.num_attention_heads
+    place = generator.layout.tokens
+    rows, columns = (held(place(jax.ShapeDtypeStruct(shape, bool))) for shape in ((slots, 1), (1, heads)))
+    return slots // rows, heads // columns
 
 
 def check_memory(generator: Generator, options: EngineOptions, available: int | None = None) -> MemoryPlan:

@@ -6,15 +6,18 @@ from typing import Any
 
 import jax
 
+from qwenvl_jax.inference.layout import Layout
+
 
 class NotCompiled(RuntimeError):
     """A program was needed, after all had been compiled, that was not among them: a mistake in the list of shapes."""
 
 
 class Counter:
-    """How many programs have been compiled, and whether more may be."""
+    """How many programs have been compiled, whether more may be, and where their arrays lie."""
 
-    def __init__(self) -> None:
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
         self.compiled = 0
         self.sealed = False
 
@@ -23,14 +26,15 @@ class Program:
     """A jitted function and what of it is compiled ahead, by keys that stand for the shapes of its arguments.
 
     `program[key]` is to be called: what `compile` made for the key or, where there is none, the jitted function, which
-    compiles when it has to. Once the counter is sealed there must be one. options: those of `jax.jit`.
+    compiles when it has to. Once the counter is sealed there must be one. place: where what the function returns lies,
+    a method of `Layout`. options: those of `jax.jit`.
     """
 
-    def __init__(self, function: Callable, counter: Counter, **options: Any):
+    def __init__(self, function: Callable, counter: Counter, place: Callable[[Layout, Any], Any], **options: Any):
         @functools.wraps(function)
         def counted(*args, **kwargs):
             counter.compiled += 1  # runs once per compilation, when the program is traced
-            return function(*args, **kwargs)
+            return place(counter.layout, function(*args, **kwargs))
 
         self.name = function.__name__
         self.jitted = jax.jit(counted, **options)
@@ -46,6 +50,10 @@ class Program:
         return self.jitted
 
     def compile(self, key: Hashable, *args: Any, **kwargs: Any) -> None:
-        """Compiles for arguments of these shapes: arrays or `jax.ShapeDtypeStruct`s. Threads may do so side by side."""
+        """Compiles for arguments of these shapes: arrays or `jax.ShapeDtypeStruct`s. Threads may do so side by side.
+
+        A shape without a sharding is that of an array of the host.
+        """
         if key not in self._ahead:
+            args, kwargs = self._counter.layout.given((args, kwargs))
             self._ahead[key] = self.jitted.lower(*args, **kwargs).compile()

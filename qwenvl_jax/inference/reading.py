@@ -13,6 +13,7 @@ import numpy as np
 from qwenvl_jax.inference import steps
 from qwenvl_jax.inference.decode import Generator
 from qwenvl_jax.inference.features import AT_ONCE, PictureFeatures
+from qwenvl_jax.inference.layout import Layout
 from qwenvl_jax.inference.prefixes import Prefix, PrefixCache
 from qwenvl_jax.inference.programs import Program
 from qwenvl_jax.inference.reply import Reply
@@ -46,9 +47,9 @@ class PromptReader:
         self._generator, self._sizes = generator, tuple(sizes)
         self._queries = generator.config.visual.n_queries
         self._room = sizes[-1] + EXTENSIONS[-1]  # the last extension may reach behind the longest prompt
-        self._extend = generator.program(steps.extend, donate_argnames="past")
-        self._resize = Program(kv_cache.resized, generator.programs, static_argnames="slots")
-        self._in_int8 = Program(steps.in_int8, generator.programs) if int8 else None
+        self._extend = generator.program(steps.extend, Layout.batch, donate_argnames="past")
+        self._resize = Program(kv_cache.resized, generator.programs, Layout.tokens, static_argnames="slots")
+        self._in_int8 = Program(steps.in_int8, generator.programs, Layout.batch) if int8 else None
 
     def compile(self) -> tuple[list[Callable[[], None]], dict[int, Prefilled]]:
         """What compiles all programs, and the shapes that a prompt of each size will then have, by size."""
@@ -58,7 +59,7 @@ class PromptReader:
             past, state, fixed, _ = self._generator.compile_prefill(size, self._pictures_in(size))
             if self._in_int8 is not None:
                 self._in_int8.compile(size, past)
-                past = jax.eval_shape(self._in_int8.jitted, past)
+                past = self._generator.layout.batch(jax.eval_shape(self._in_int8.jitted, past))
             shapes[size] = Prefilled(past, state, fixed)
             wide = with_slots(past, self._room)
             self._resize.compile((size, self._room), past.k[0], slots=self._room)

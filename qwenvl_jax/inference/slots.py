@@ -15,6 +15,7 @@ import numpy as np
 
 from qwenvl_jax.inference import steps
 from qwenvl_jax.inference.decode import Generator
+from qwenvl_jax.inference.layout import Layout
 from qwenvl_jax.inference.programs import Program
 from qwenvl_jax.inference.steps import CHUNK, Fixed, Grown, Past, State
 from qwenvl_jax.nn import cache as kv_cache
@@ -42,16 +43,16 @@ class LiveBatch:
         self._row_sizes, self._slot_sizes = tuple(row_sizes), tuple(slot_sizes)
         self._generator, self._drafts = generator, drafts
         counter = generator.programs
-        self._place = Program(_place, counter, donate_argnums=0)
-        self._flush = Program(_flush, counter, donate_argnums=0)
-        self._resize = Program(_resize, counter, static_argnames="slots")
-        self._join = Program(_join, counter, donate_argnums=0)
-        self._take = Program(_take, counter)
-        self._allow = Program(_join, counter, donate_argnums=0)
-        self._clear = Program(_clear, counter, donate_argnums=0)
-        self._settle = Program(steps.settled, counter)
+        self._place = Program(_place, counter, Layout.tokens, donate_argnums=0)
+        self._flush = Program(_flush, counter, Layout.tokens, donate_argnums=0)
+        self._resize = Program(_resize, counter, Layout.tokens, static_argnames="slots")
+        self._join = Program(_join, counter, Layout.batch, donate_argnums=0)
+        self._take = Program(_take, counter, Layout.batch)
+        self._allow = Program(_join, counter, Layout.rows, donate_argnums=0)
+        self._clear = Program(_clear, counter, Layout.tokens, donate_argnums=0)
+        self._settle = Program(steps.settled, counter, Layout.rows)
         speculate = partial(steps.decode, drafts=drafts)
-        self._speculate = generator.program(speculate, donate_argnames="state")
+        self._speculate = generator.program(speculate, Layout.batch, donate_argnames="state")
 
     def compile(self, replies: dict[int, Prefilled]) -> list[Callable[[], None]]:
         """What compiles all programs. replies: the shapes of a prefilled reply, by its number of slots T."""
@@ -71,10 +72,7 @@ class LiveBatch:
     def start(self) -> None:
         """An empty batch of the smallest size."""
         rows, slots = self._row_sizes[0], self._slot_sizes[0]
-        # From the host, since `jnp.zeros` would be one more program for every shape.
-        self._past, self._state, self._fixed = jax.tree.map(
-            lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), self._sized(rows, slots)
-        )
+        self._past, self._state, self._fixed = self._generator.layout.zeros(self._sized(rows, slots))
         self.replies: list[Any] = [None] * rows  # who has which row
         self._prompts = np.zeros(rows, np.int32)  # tokens of the prompts
         self._most = np.zeros(rows, np.int32)  # the most slots that a row can have filled by now
@@ -217,10 +215,10 @@ class LiveBatch:
         """The shapes of a batch of this size."""
 
         def resized(leaf):
-            return jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)
+            return jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
 
-        past = with_slots(self._shape.past, slots)
-        return jax.tree.map(resized, past), *jax.tree.map(resized, (self._shape.state, self._shape.fixed))
+        shapes = with_slots(self._shape.past, slots), self._shape.state, self._shape.fixed
+        return self._generator.layout.batch(jax.tree.map(resized, shapes))
 
     def _compile_rows(self, rows: int) -> list[Callable[[], None]]:
         """The programs for so many rows that do not touch the past."""

@@ -16,7 +16,11 @@ from typing import TYPE_CHECKING, NoReturn
 from qwenvl_jax.config import UserError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from qwenvl_jax.inference.engine import Engine as InferenceEngine
     from qwenvl_jax.inference.engine import EngineOptions
+    from qwenvl_jax.inference.followers import Followers
     from qwenvl_jax.serving.replies import Engine
     from qwenvl_jax.serving.settings import Settings
     from qwenvl_jax.vlm import VLM
@@ -24,12 +28,18 @@ if TYPE_CHECKING:
 KEY_VARIABLE = "QWENVL_API_KEY"
 PROGRAMS_A_LINE = 10  # compiled between two lines of progress
 BACKLOG = 2048  # connections that wait to be accepted
+HOSTS = ("detect", "coordinator", "count", "index")  # fields of hosts.HostsRecipe
+MESH_AXES = ("data", "fsdp", "tensor")  # of sharding.py, which needs JAX
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Serve with the given arguments (default: the command line's). Returns the exit status."""
     options = parser().parse_args(arguments)
     try:
+        if any(getattr(options, f"hosts.{name}") not in (None, False) for name in HOSTS):
+            from qwenvl_jax.serving import hosts
+
+            hosts.serve(options)
         with listen(options.host, options.port) as listening:
             told = settings(options)
             try:
@@ -66,6 +76,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of parameters (default: as stored)")
     add("--quantize", choices=("int8", "int4", "nf4"), help="keep the language model's weights in 8 or 4 bits")
+    add(
+        "--mesh",
+        metavar="AXIS=N,...",
+        type=_mesh,
+        help="split the model over devices: tensor, fsdp and data, for example tensor=4 (default: one device)",
+    )
     add("--slots", type=_positive, default=8, help="replies that are generated at one time (8)")
     add("--max-model-len", metavar="TOKENS", type=_positive, help="prompt and reply together (default: seq_length)")
     add(
@@ -88,6 +104,11 @@ def parser() -> argparse.ArgumentParser:
         default=0,
         help="looked up in the prompt and checked beside the next one, for greedy replies while few are made (0)",
     )
+    add = made.add_argument_group("several hosts, all with the same command, as of train.py").add_argument
+    add("--hosts.detect", action="store_true", help="take address, count and index from the cluster's environment")
+    add("--hosts.coordinator", metavar="HOST:PORT", help="or: of the first host, which serves")
+    add("--hosts.count", metavar="N", type=_positive, help="how many hosts there are")
+    add("--hosts.index", metavar="I", type=_whole, help="which of them this is, from 0")
     add = made.add_argument_group("the address").add_argument
     add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     add("--port", type=_port, default=8000, help="port to listen on; 0 takes a free one (8000)")
@@ -158,8 +179,21 @@ def settings(options: argparse.Namespace) -> "Settings":
     )
 
 
-def build(options: argparse.Namespace, say: Callable[[str], None]) -> "tuple[VLM, Engine]":
-    """The model and a running engine. Raises UserError."""
+def build(
+    options: argparse.Namespace, say: Callable[[str], None], followers: "Followers | None" = None
+) -> "tuple[VLM, Engine]":
+    """The model and a running engine, which leads those of other hosts if there are any. Raises UserError."""
+    vlm, engine = prepare(options, say, followers)
+    if followers is not None:
+        followers.wait()
+    engine.start()
+    return vlm, engine
+
+
+def prepare(
+    options: argparse.Namespace, say: Callable[[str], None], followers: "Followers | None" = None
+) -> "tuple[VLM, InferenceEngine]":
+    """The model and an engine that has compiled all and does nothing yet. Raises UserError."""
     import jax
 
     import qwenvl_jax
@@ -167,24 +201,41 @@ def build(options: argparse.Namespace, say: Callable[[str], None]) -> "tuple[VLM
     from qwenvl_jax.inference.memory import check_memory, described
     from qwenvl_jax.inference.text import token_bytes
 
+    mesh = mesh_of(options.mesh)
     say(f"loading {options.checkpoint}")
     vlm = qwenvl_jax.load(
-        options.checkpoint, dtype=options.dtype, quantize=options.quantize, adapters=dict(options.adapter)
+        options.checkpoint, dtype=options.dtype, quantize=options.quantize, mesh=mesh, adapters=dict(options.adapter)
     )
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # There are many small programs, too, and all of them are wanted again at the next start.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     sizes = engine_options(options, vlm)
     say(described(check_memory(vlm.generator, sizes), sizes))
-    engine = Engine(vlm.generator, token_bytes(vlm.processor.tokenizer), sizes)
+    engine = Engine(vlm.generator, token_bytes(vlm.processor.tokenizer), sizes, followers)
 
     def progress(done: int, of: int) -> None:
         if done == of or done % PROGRAMS_A_LINE == 1:
             say(f"compiling: {done} of {of} programs")
 
     engine.warm_up(progress)
-    engine.start()
     return vlm, engine
+
+
+def mesh_of(sizes: dict[str, int] | None) -> "Mesh | None":
+    """The first devices as a mesh with axes of these sizes. Raises UserError where it is none that can be served."""
+    import jax
+
+    from qwenvl_jax.sharding import make_mesh
+
+    devices = jax.devices()
+    needed = 1 if sizes is None else math.prod(sizes.values())
+    if jax.process_count() > 1 and needed != len(devices):
+        raise UserError(f"--mesh: on several hosts it takes all devices, of which there are {len(devices)}")
+    if sizes is None:
+        return None
+    if needed > len(devices):
+        raise UserError(f"--mesh: {needed} devices are asked for; there are {len(devices)}")
+    return make_mesh("fsdp_tensor", devices[:needed], data=sizes.get("data", 1), tensor=sizes.get("tensor", 1))
 
 
 def engine_options(options: argparse.Namespace, vlm: "VLM") -> "EngineOptions":
@@ -255,6 +306,16 @@ def _named(text: str) -> tuple[str, str]:
     if not (name and equals and folder):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR")
     return name, folder
+
+
+def _mesh(text: str) -> dict[str, int]:
+    sizes = {}
+    for part in text.split(","):
+        axis, equals, number = part.partition("=")
+        if not equals or axis not in MESH_AXES or axis in sizes:
+            raise argparse.ArgumentTypeError(f"{text!r} is not like tensor=4 or data=2,tensor=4")
+        sizes[axis] = _positive(number)
+    return sizes
 
 
 def _integer(text: str, least: int, most: int) -> int:

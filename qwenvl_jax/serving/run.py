@@ -9,6 +9,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import uvicorn
 import uvloop
@@ -29,17 +30,25 @@ SECONDS_IDLE = 75  # that a connection stays open between requests: longer than 
 SECONDS_TO_CLOSE = 2  # for connections, after the last answer
 
 
-def serve(settings: Settings, listening: socket.socket, build: Build, log_level: str = "info") -> int:
+def serve(
+    settings: Settings,
+    listening: socket.socket,
+    build: Build,
+    log_level: str = "info",
+    closing: Callable[[int], None] = lambda status: None,
+) -> int:
     """Serves on `listening` what `build` loads until a signal ends it. Returns the exit status.
 
-    0 after a signal, 2 where `build` raises UserError (in one line), 1 where it raises anything else.
+    0 after a signal, 2 where `build` raises UserError (in one line), 1 where it raises anything else. closing: is
+    called with it when the engine has stopped.
     """
     logs.configure(log_level)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         process = _Process(settings, listening, build, log_level)
         status = runner.run(process.run())
+    closing(status)
     if threading.active_count() > 1:
-        _leave(status)  # a thread that compiles or hangs cannot be stopped, and should not be waited for
+        leave(status)  # a thread that compiles or hangs cannot be stopped, and should not be waited for
     return status
 
 
@@ -114,7 +123,7 @@ class _Process:
     def _on_signal(self) -> None:
         """The first signal: finish what is under way. The second: leave."""
         if self._draining is not None:
-            _leave(0)
+            leave(0)
         self._say("stopping: no new requests, those under way are finished; once more to leave at once")
         self._draining = self._loop.create_task(self._drain())
 
@@ -126,7 +135,7 @@ class _Process:
         self._console.print(line, markup=False, soft_wrap=True)
 
 
-def _leave(status: int) -> None:
+def leave(status: int) -> NoReturn:
     """Ends the process without waiting for its threads."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -21,9 +21,9 @@ import yaml
 from qwenvl_jax.config import QwenVLConfig, UserError, VisionConfig
 from qwenvl_jax.data.record_batches import BatchRecipe
 from qwenvl_jax.data.scene_rows import SceneRecipe
+from qwenvl_jax.hosts import HostsRecipe
 from qwenvl_jax.models.qwen_vl import Remat
 from qwenvl_jax.nn.lora import LoraRecipe
-from qwenvl_jax.training.hosts import HostsRecipe
 from qwenvl_jax.training.optimizer import OptimizerRecipe
 from qwenvl_jax.training.parts import Parts
 from qwenvl_jax.training.placement import MeshRecipe

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from qwenvl_jax.hosts import StopRequest, connect
 from qwenvl_jax.sharding import on_mesh
 from qwenvl_jax.training.build import build_modules, build_step, divide, objective_of, rate_ratios
 from qwenvl_jax.training.checkpoints import Checkpoints
@@ -16,7 +17,6 @@ from qwenvl_jax.training.data import open_data
 from qwenvl_jax.training.export import export, export_adapter
 from qwenvl_jax.training.features import open_cache
 from qwenvl_jax.training.flops import peak_of_run, step_cost
-from qwenvl_jax.training.hosts import StopRequest, connect
 from qwenvl_jax.training.log import RunLog
 from qwenvl_jax.training.meter import Meter, count
 from qwenvl_jax.training.optimizer import make_optimizer, schedule

@@ -292,6 +292,9 @@ def run(*options: str) -> subprocess.CompletedProcess:
         (["--api-key", "two words"], "API key"),
         (["--host", "256.1.1.1"], "256.1.1.1"),
         (["--allowed-host", "example.com"], "--allow-urls"),
+        (["--mesh", "tensors=2"], "--mesh"),
+        (["--mesh", "tensor=2,tensor=2"], "--mesh"),
+        (["--mesh", "tensor=0"], "--mesh"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -313,7 +316,9 @@ def test_a_port_in_use():
     assert "--port" in line
 
 
-@pytest.mark.parametrize("options", [["--checkpoint", "tinny"], ["--max-model-len", "100000"]], ids=str)
+@pytest.mark.parametrize(
+    "options", [["--checkpoint", "tinny"], ["--max-model-len", "100000"], ["--mesh", "data=100,tensor=2"]], ids=str
+)
 def test_a_model_that_cannot_be_served(options):
     done = run("--port", "0", *options)
     assert done.returncode == 2

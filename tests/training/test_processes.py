@@ -19,8 +19,8 @@ from PIL import Image
 
 from qwenvl_jax import load
 from qwenvl_jax.data.record_batches import BatchRecipe
+from qwenvl_jax.hosts import HostsRecipe
 from qwenvl_jax.nn.lora import LoraRecipe
-from qwenvl_jax.training.hosts import HostsRecipe
 from qwenvl_jax.training.optimizer import OptimizerRecipe
 from qwenvl_jax.training.parts import Part, Parts, VisionPart
 from qwenvl_jax.training.placement import MeshRecipe

@@ -11,7 +11,7 @@ from qwenvl_jax.config import UserError
 
 @dataclasses.dataclass(frozen=True)
 class HostsRecipe:
-    """How the processes of a run find each other; the same command runs on every host.
+    """How the processes of a run or a server find each other; the same command runs on every host.
 
     On TPU pods, under SLURM and under Open MPI `detect` is all that is needed. Elsewhere name the first host's address
     and port, how many hosts there are, and on each host which it is.
@@ -33,16 +33,22 @@ class HostsRecipe:
 
 
 def connect(recipe: HostsRecipe) -> None:
-    """Waits for all hosts of the recipe, if it names any. Raises UserError when there is no cluster to be detected."""
-    if recipe.coordinator is not None:
-        jax.distributed.initialize(recipe.coordinator, recipe.count, recipe.index)
-    elif recipe.detect:
-        try:
+    """Waits for all hosts of the recipe, if it names any, for minutes.
+
+    Raises UserError when there is no cluster to be detected, and when the hosts do not find each other.
+    """
+    try:
+        if recipe.coordinator is not None:
+            jax.distributed.initialize(recipe.coordinator, recipe.count, recipe.index)
+        elif recipe.detect:
             jax.distributed.initialize()
-        except ValueError as error:
-            raise UserError(
-                f"hosts.detect: no cluster was found here ({error}); give coordinator, count and index"
-            ) from None
+    except ValueError as error:
+        raise UserError(
+            f"hosts.detect: no cluster was found here ({error}); give coordinator, count and index"
+        ) from None
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"hosts: they have not found each other ({reason}); is the coordinator's port free?") from None
 
 
 class StopRequest:
