@@ -278,6 +278,23 @@ def test_stopping_ends_what_is_in_progress_in_an_error(small_model):
         ask(engine, text_prompt(10))
 
 
+def test_a_rest_is_no_standstill(engine):
+    """Who watches the last step sees it stand still from when there is work, and not from the end of the last work."""
+    engine.last_step -= 100
+    before = time.monotonic()
+    reply = ask(engine, text_prompt(10), SamplingOptions(max_new_tokens=1))
+    assert engine.last_step >= before
+    assert reply.ended.wait(60)
+
+
+def test_work_that_is_not_begun_lets_the_last_step_stand(small_model):
+    engine = Engine(Generator(small_model), TABLE, EngineOptions(slots=1, max_length=128))
+    ask(engine, text_prompt(10))
+    begun = engine.last_step
+    ask(engine, text_prompt(10))
+    assert (engine.last_step, engine.waiting) == (begun, 2)
+
+
 def test_the_times_of_a_reply(engine, monkeypatch):
     """A prompt takes its time to read; who comes second waits for that."""
     read = engine._reader.read
@@ -295,20 +312,3 @@ def test_the_times_of_a_reply(engine, monkeypatch):
     assert times[0].last > times[0].first
     assert times[1].last == times[1].first  # of one token
     assert all(update.times is None for reply in replies for update in reply.updates[:-1])
-
-
-def test_a_rest_is_no_standstill(engine):
-    """Who watches the last step sees it stand still from when there is work, and not from the end of the last work."""
-    engine.last_step -= 100
-    before = time.monotonic()
-    reply = ask(engine, text_prompt(10), SamplingOptions(max_new_tokens=1))
-    assert engine.last_step >= before
-    assert reply.ended.wait(60)
-
-
-def test_work_that_is_not_begun_lets_the_last_step_stand(small_model):
-    engine = Engine(Generator(small_model), TABLE, EngineOptions(slots=1, max_length=128))
-    ask(engine, text_prompt(10))
-    begun = engine.last_step
-    ask(engine, text_prompt(10))
-    assert (engine.last_step, engine.waiting) == (begun, 2)

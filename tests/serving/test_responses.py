@@ -261,6 +261,7 @@ def test_what_changes_nothing(post, extra):
     assert post(asked(**extra), PATH).json()["parallel_tool_calls"] is False
 
 
+HELLO = {"role": "user", "content": "a"}
 BAD = {"type": "input_image", "image_url": "data:image/png;base64,AAAA"}
 
 
@@ -280,7 +281,7 @@ BAD = {"type": "input_image", "image_url": "data:image/png;base64,AAAA"}
         ),
         ({"input": [{"role": "user", "content": [text("a"), BAD]}]}, "input.0.content.1.image_url"),
         (
-            {"input": [{"role": "user", "content": "a"}, {"role": "assistant", "content": [shown()]}] * 2},
+            {"input": [HELLO, {"role": "assistant", "content": [shown()]}, HELLO]},
             "input.1.content.0",
         ),
         ({"input": [{"role": "system", "content": [shown()]}, {"role": "user", "content": "a"}]}, "input.0.content.0"),
