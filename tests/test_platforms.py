@@ -16,6 +16,7 @@ from qwenvl_jax.checkpoints.huggingface import load_model
 from qwenvl_jax.data.record_batches import BatchRecipe
 from qwenvl_jax.inference import slots
 from qwenvl_jax.inference.decode import Generator
+from qwenvl_jax.inference.layout import Layout
 from qwenvl_jax.inference.sampling import SamplingOptions, controls
 from qwenvl_jax.inference.steps import decode, in_int8
 from qwenvl_jax.models.qwen_vl import frequencies
@@ -81,7 +82,7 @@ def test_encoding_prefill_and_decoding(quantize):
         found = lowered(generator.decode_steps.jitted, generator.leaves, *steps, state=state)
         assert found.platforms == PLATFORMS
     speculating = state._replace(history=jax.ShapeDtypeStruct((1, 64), np.int32))
-    program = generator.program(partial(decode, drafts=3)).jitted
+    program = generator.program(partial(decode, drafts=3), Layout.batch).jitted
     assert lowered(program, generator.leaves, *steps, state=speculating).platforms == PLATFORMS
     assert lowered(jax.jit(in_int8), past).platforms == PLATFORMS
     assert lowered(jax.jit(slots._flush), int8.k[0], state.recent_k[0], one, state.taken).platforms == PLATFORMS
