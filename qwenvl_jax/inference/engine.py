@@ -87,8 +87,7 @@ class Engine:
         prompt_sizes = _sizes(SHORTEST_BUCKET, options.max_length, between=256)
         int8 = options.cache == "int8"
         self._reader = PromptReader(generator, prompt_sizes, options.pictures, options.prefixes, int8)
-        cache_sizes = _sizes(SMALLEST_CACHE, options.max_length, between=SMALLEST_CACHE)
-        self._batch = LiveBatch(generator, _row_sizes(options.slots), cache_sizes, options.drafts)
+        self._batch = LiveBatch(generator, _batch_sizes(options.slots, options.max_length), options.drafts)
         self._work = Work(self._reader, self._batch, leader)
         self._leader = leader
         self._lock = threading.Lock()
@@ -374,10 +373,14 @@ def _sizes(least: int, most: int, between: int | None = None) -> tuple[int, ...]
     return tuple(sorted(sizes))
 
 
-def _row_sizes(most: int) -> tuple[int, ...]:
-    """`most`, a quarter of it and so on, and 1."""
-    sizes, size = [most], most // 4
+def _batch_sizes(slots: int, length: int) -> dict[int, tuple[int, ...]]:
+    """The sizes of the cache for each number of rows: `slots`, a quarter of it and so on, and 1.
+
+    What the most rows read at a step is worth half sizes; for fewer they would only be more programs.
+    """
+    rows, size = [slots], slots // 4
     while size >= 4:
-        sizes.append(size)
+        rows.append(size)
         size //= 4
-    return tuple(sorted({1, *sizes}))
+    coarse, fine = (_sizes(SMALLEST_CACHE, length, between) for between in (None, SMALLEST_CACHE))
+    return {count: fine if count == slots and slots > 1 else coarse for count in {1, *rows}}

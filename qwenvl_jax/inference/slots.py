@@ -5,7 +5,7 @@ there are few programs. A reply that comes in is written into a free row; when r
 do, the arrays are moved to the next size, one array after the other. Which replies those are is the engine's business.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,13 +34,15 @@ class Prefilled(NamedTuple):
 
 
 class LiveBatch:
-    """Rows of replies in progress. row_sizes, slot_sizes: what R and S may be, ascending. Not for several threads.
+    """Rows of replies in progress. Not for several threads.
 
+    sizes: what S may be, ascending, for each R. The largest S is that of all, and what few rows may have, more may.
     drafts: tokens that a step of a batch of few rows may add beside the next one, 0 for none.
     """
 
-    def __init__(self, generator: Generator, row_sizes: Sequence[int], slot_sizes: Sequence[int], drafts: int = 0):
-        self._row_sizes, self._slot_sizes = tuple(row_sizes), tuple(slot_sizes)
+    def __init__(self, generator: Generator, sizes: Mapping[int, Sequence[int]], drafts: int = 0):
+        self._slot_sizes, self._row_sizes = sizes, tuple(sorted(sizes))
+        self._longest = sizes[self._row_sizes[0]][-1]
         self._generator, self._drafts = generator, drafts
         counter = generator.programs
         self._place = Program(_place, counter, Layout.tokens, donate_argnums=0)
@@ -58,12 +60,12 @@ class LiveBatch:
         """What compiles all programs. replies: the shapes of a prefilled reply, by its number of slots T."""
         self._shape = next(iter(replies.values()))
         if self._drafts:
-            history = jax.ShapeDtypeStruct((1, self._slot_sizes[-1]), np.int32)
+            history = jax.ShapeDtypeStruct((1, self._longest), np.int32)
             self._shape = self._shape._replace(state=self._shape.state._replace(history=history))
         tasks = []
         for rows in self._row_sizes:
             tasks += self._compile_rows(rows)
-            for slots in self._slot_sizes:
+            for slots in self._slot_sizes[rows]:
                 tasks += self._compile_size(
                     rows, slots, [reply for length, reply in replies.items() if length <= slots]
                 )
@@ -71,7 +73,8 @@ class LiveBatch:
 
     def start(self) -> None:
         """An empty batch of the smallest size."""
-        rows, slots = self._row_sizes[0], self._slot_sizes[0]
+        rows = self._row_sizes[0]
+        slots = self._slot_sizes[rows][0]
         self._past, self._state, self._fixed = self._generator.layout.zeros(self._sized(rows, slots))
         self.replies: list[Any] = [None] * rows  # who has which row
         self._prompts = np.zeros(rows, np.int32)  # tokens of the prompts
@@ -109,7 +112,7 @@ class LiveBatch:
         self._past = each(place, (self._past, one.past), np.int32(row))
         state = _but_recent(one.state)
         if self._drafts:
-            history = np.zeros((1, self._slot_sizes[-1]), np.int32)
+            history = np.zeros((1, self._longest), np.int32)
             history[0, : len(ids)] = ids
             state = state._replace(history=history)
         ours, theirs = (_but_recent(self._state), self._fixed), (state, one.fixed)
@@ -174,10 +177,10 @@ class LiveBatch:
             self._to_rows(_least(self._row_sizes, count))
         elif (roomy := _least(self._row_sizes, 2 * count if count > 1 else 1)) < len(self.replies):
             self._to_rows(roomy)
-        needed = max(int(np.max(self._filled())) + CHUNK, slots)
+        needed, sizes = max(int(np.max(self._filled())) + CHUNK, slots), self._slot_sizes[len(self.replies)]
         if needed > self.size[1]:
-            self._to_slots(_least(self._slot_sizes, needed))
-        elif (roomy := _least(self._slot_sizes, needed + CHUNK)) < self.size[1]:
+            self._to_slots(_least(sizes, needed))
+        elif (roomy := _least(sizes, needed + CHUNK)) < self.size[1]:
             self._to_slots(roomy)
 
     def _flush_recent(self) -> None:
@@ -193,6 +196,7 @@ class LiveBatch:
         while len(self.replies) != rows:
             index = np.flatnonzero(self.live).astype(np.int32)
             size, count = _next(self._row_sizes, len(self.replies), rows), len(index)
+            self._to_slots(_least(self._slot_sizes[size], self.size[1]))
             index = np.pad(index, (0, size - count), constant_values=-1)
             recent = Past(self._state.recent_k, self._state.recent_v)
             for_past = self._resize[self.size[0], self.size[1], size, self.size[1]]
@@ -208,7 +212,7 @@ class LiveBatch:
         while self.size[1] != slots:
             rows, old = self.size
             every = np.arange(rows, dtype=np.int32)
-            resize = self._resize[rows, old, rows, _next(self._slot_sizes, old, slots)]
+            resize = self._resize[rows, old, rows, _next(self._slot_sizes[rows], old, slots)]
             self._past = each(resize, [self._past], every)
 
     def _sized(self, rows: int, slots: int) -> tuple[Past, State, Fixed]:
@@ -250,9 +254,10 @@ class LiveBatch:
             for reply in replies:
                 self._place.compile((rows, slots, reply.past.shape[1]), array, reply.past.k[0], number)
             for other in _neighbours(self._row_sizes, rows):
-                index = jax.ShapeDtypeStruct((other,), np.int32)
-                self._resize.compile((rows, slots, other, slots), array, index, slots=slots)
-            for other in _neighbours(self._slot_sizes, slots):
+                if slots in self._slot_sizes[other]:
+                    index = jax.ShapeDtypeStruct((other,), np.int32)
+                    self._resize.compile((rows, slots, other, slots), array, index, slots=slots)
+            for other in _neighbours(self._slot_sizes[rows], slots):
                 self._resize.compile((rows, slots, rows, other), array, places, slots=other)
 
         arguments = self._generator.leaves, past, fixed, number, number, flags

@@ -174,13 +174,19 @@ class QwenVL(nnx.Module):
         else:
             kv = []
             for i, layer in enumerate(self.layers):
-                x, layer_kv = layer(x, context, None if cache is None else cache[i])
+                x, layer_kv = _layer(layer, x, context, None if cache is None else cache[i])
                 kv.append(layer_kv)
         return self.norm_final(x), kv
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> float32 [..., V]."""
         return self.lm_head(hidden).astype(jnp.float32)
+
+
+@jax.jit
+def _layer(layer: Block, x: jax.Array, context: Context, cache: kv_cache.LayerCache | None):
+    """A call that all layers of a model share, so that a deep one is traced once and not layer by layer."""
+    return layer(x, context, cache)
 
 
 def frequencies(config: QwenVLConfig, lengths) -> np.ndarray:
