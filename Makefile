@@ -14,8 +14,10 @@ VERSION = $$($(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])')
 PICTURE := qwenvl_jax/assets/pictures/word.png
 QUESTION := Where is the yellow cross?
 
-JAX_TESTS := tests/nn tests/models tests/inference tests/checkpoints tests/serving/test_contract.py tests/test_platforms.py \
-	tests/test_sharding.py tests/test_vlm.py $(addprefix tests/training/test_, checkpoints.py optimizer.py plan.py run.py step.py)
+JAX_TESTS := tests/nn tests/models tests/test_platforms.py tests/test_sharding.py tests/test_vlm.py \
+	$(addprefix tests/inference/test_, engine.py generation.py speculation.py) \
+	$(addprefix tests/checkpoints/test_, orbax.py peft.py weight_table.py) \
+	$(addprefix tests/training/test_, checkpoints.py optimizer.py step.py)
 
 .PHONY: demo test test-jax test-long parity lint types format env lock dist clean
 .DEFAULT_GOAL := help
