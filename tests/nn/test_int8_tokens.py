@@ -74,10 +74,10 @@ def test_attention_is_off_by_no_more_than_the_steps_explain():
 def test_moving_tokens_is_quantising_what_was_moved(slots):
     """What comes to the past is quantised, and what was there stays as it is, bit by bit."""
     old, recent = random(9, 3, 8), random(10, 3, 4)
-    past, born = jnp.array([3, 0, 8]), jnp.array([0, 2, 0])
+    past, taken = jnp.array([3, 0, 8]), jnp.array([[1, 1, 1, 1], [0, 1, 0, 1], [1, 1, 0, 0]], bool)
     flushed = jax.jit(kv_cache.flushed, static_argnums=4)
-    moved = flushed(quantise(old), recent, past, born, slots)
-    expected = quantise(flushed(old, recent, past, born, slots))
+    moved = flushed(quantise(old), recent, past, taken, slots)
+    expected = quantise(flushed(old, recent, past, taken, slots))
     jax.tree.map(np.testing.assert_array_equal, moved, expected)
 
 
