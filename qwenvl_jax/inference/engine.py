@@ -49,15 +49,17 @@ class EngineOptions:
     max_length: int = 1024  # tokens of a prompt and its reply
     pictures: int = 512  # whose features are kept
     prefixes: int = 16384  # tokens of prompts whose keys and values are kept; 0 for none
-    drafts: int = 0  # tokens looked up in the prompt and checked beside the next one, where replies are greedy and few
+    speculate: int = (
+        0  # tokens looked up in the prompt and checked beside the next one, where replies are greedy and few
+    )
     cache: CacheForm = "model"  # form of keys and values: the model's dtype, or 8 bits, which changes replies a little
 
     def __post_init__(self):
-        for name, least in (("slots", 1), ("max_length", 2), ("pictures", 1), ("prefixes", 0), ("drafts", 0)):
+        for name, least in (("slots", 1), ("max_length", 2), ("pictures", 1), ("prefixes", 0), ("speculate", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        if self.drafts > MOST_DRAFTS:
-            raise UserError(f"drafts is {self.drafts}; it must be at most {MOST_DRAFTS}")
+        if self.speculate > MOST_DRAFTS:
+            raise UserError(f"speculate is {self.speculate}; it must be at most {MOST_DRAFTS}")
         if self.cache not in get_args(CacheForm):
             raise UserError(f"cache is {self.cache!r}; it must be one of {', '.join(get_args(CacheForm))}")
 
@@ -87,7 +89,7 @@ class Engine:
         prompt_sizes = _sizes(SHORTEST_BUCKET, options.max_length, between=256)
         int8 = options.cache == "int8"
         self._reader = PromptReader(generator, prompt_sizes, options.pictures, options.prefixes, int8)
-        self._batch = LiveBatch(generator, _batch_sizes(options.slots, options.max_length), options.drafts)
+        self._batch = LiveBatch(generator, _batch_sizes(options.slots, options.max_length), options.speculate)
         self._work = Work(self._reader, self._batch, leader)
         self._leader = leader
         self._lock = threading.Lock()

@@ -11,7 +11,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from qwenvl_jax.config import UserError
 
@@ -63,7 +63,44 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """The options of the command."""
     made = _Parser(prog="qwenvl-serve", description="Serve a model over HTTP in the form of OpenAI's API.")
-    add = made.add_argument_group("the model").add_argument
+    _add_model(made.add_argument_group("the model").add_argument)
+    add = made.add_argument_group("several hosts, all with the same command, as of train.py").add_argument
+    add("--hosts.detect", action="store_true", help="take address, count and index from the cluster's environment")
+    add("--hosts.coordinator", metavar="HOST:PORT", help="or: of the first host, which serves")
+    add("--hosts.count", metavar="N", type=_positive, help="how many hosts there are")
+    add("--hosts.index", metavar="I", type=_whole, help="which of them this is, from 0")
+    add = made.add_argument_group("the address").add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    add("--port", type=_port, default=8000, help="port to listen on; 0 takes a free one (8000)")
+    add("--cors-origin", metavar="ORIGIN", action="append", default=[], help="web page that may call; may be repeated")
+    add = made.add_argument_group("who may call").add_argument
+    add("--api-key", metavar="KEY", action="append", default=[], help=f"may be repeated; also ${KEY_VARIABLE}")
+    add("--api-key-file", metavar="FILE", help="a file with a key a line, which `ps` does not show")
+    add = made.add_argument_group("limits").add_argument
+    add("--max-queue", metavar="N", type=_positive, default=128, help="replies under way or waiting at one time (128)")
+    add("--max-body-mb", metavar="MIB", type=_positive, default=32, help="size of a request (32)")
+    add("--max-images", metavar="N", type=_whole, default=8, help="pictures in a request (8)")
+    add(
+        "--max-pixels", metavar="N", type=_positive, default=50_000_000, help="width x height of a picture (50,000,000)"
+    )
+    add("--allow-urls", action="store_true", help="fetch pictures from http(s) URLs that requests name")
+    add("--allowed-host", metavar="HOST", action="append", default=[], help="fetch from there only; may be repeated")
+    add("--request-timeout", metavar="SECONDS", type=_seconds, default=600, help="for a whole answer (600)")
+    add("--drain-seconds", metavar="SECONDS", type=_seconds, default=30, help="for answers under way at SIGTERM (30)")
+    add(
+        "--stall-seconds",
+        metavar="SECONDS",
+        type=_seconds,
+        default=60,
+        help="without a step until /health says that a busy engine is stuck (60)",
+    )
+    add(
+        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="least that is logged (info)"
+    )
+    return made
+
+
+def _add_model(add: Callable[..., Any]) -> None:
     add("-c", "--checkpoint", default="tiny", help="checkpoint folder (default: the model that ships)")
     add("--served-model-name", metavar="NAME", action="append", help="what requests call it; may be given again")
     add(
@@ -104,40 +141,6 @@ def parser() -> argparse.ArgumentParser:
         default=0,
         help="looked up in the prompt and checked beside the next one, for greedy replies while few are made (0)",
     )
-    add = made.add_argument_group("several hosts, all with the same command, as of train.py").add_argument
-    add("--hosts.detect", action="store_true", help="take address, count and index from the cluster's environment")
-    add("--hosts.coordinator", metavar="HOST:PORT", help="or: of the first host, which serves")
-    add("--hosts.count", metavar="N", type=_positive, help="how many hosts there are")
-    add("--hosts.index", metavar="I", type=_whole, help="which of them this is, from 0")
-    add = made.add_argument_group("the address").add_argument
-    add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    add("--port", type=_port, default=8000, help="port to listen on; 0 takes a free one (8000)")
-    add("--cors-origin", metavar="ORIGIN", action="append", default=[], help="web page that may call; may be repeated")
-    add = made.add_argument_group("who may call").add_argument
-    add("--api-key", metavar="KEY", action="append", default=[], help=f"may be repeated; also ${KEY_VARIABLE}")
-    add("--api-key-file", metavar="FILE", help="a file with a key a line, which `ps` does not show")
-    add = made.add_argument_group("limits").add_argument
-    add("--max-queue", metavar="N", type=_positive, default=128, help="replies under way or waiting at one time (128)")
-    add("--max-body-mb", metavar="MIB", type=_positive, default=32, help="size of a request (32)")
-    add("--max-images", metavar="N", type=_whole, default=8, help="pictures in a request (8)")
-    add(
-        "--max-pixels", metavar="N", type=_positive, default=50_000_000, help="width x height of a picture (50,000,000)"
-    )
-    add("--allow-urls", action="store_true", help="fetch pictures from http(s) URLs that requests name")
-    add("--allowed-host", metavar="HOST", action="append", default=[], help="fetch from there only; may be repeated")
-    add("--request-timeout", metavar="SECONDS", type=_seconds, default=600, help="for a whole answer (600)")
-    add("--drain-seconds", metavar="SECONDS", type=_seconds, default=30, help="for answers under way at SIGTERM (30)")
-    add(
-        "--stall-seconds",
-        metavar="SECONDS",
-        type=_seconds,
-        default=60,
-        help="without a step until /health says that a busy engine is stuck (60)",
-    )
-    add(
-        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="least that is logged (info)"
-    )
-    return made
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -246,7 +249,7 @@ def engine_options(options: argparse.Namespace, vlm: "VLM") -> "EngineOptions":
         options.slots,
         max_length(options, vlm),
         prefixes=options.prefixes,
-        drafts=options.speculate,
+        speculate=options.speculate,
         cache=options.kv_cache,
     )
 

@@ -21,7 +21,7 @@ from qwenvl_jax.nn.int8_tokens import Int8Tokens
 from qwenvl_jax.sharding import make_mesh, param_shardings
 
 LENGTH = 120  # one size of caches; no other dimension is as long
-OPTIONS = EngineOptions(slots=4, max_length=LENGTH, pictures=8, prefixes=1024, drafts=3)  # 1 row or 4
+OPTIONS = EngineOptions(slots=4, max_length=LENGTH, pictures=8, prefixes=1024, speculate=3)  # 1 row or 4
 LARGEST = 2e-4  # difference of a logit, that of tests/test_sharding.py
 TABLE = {token: bytes([token % 26 + 97]) for token in range(320)}
 

@@ -73,7 +73,7 @@ def generator(model) -> Generator:
 
 @pytest.fixture(scope="module")
 def engine(model) -> Iterator[Engine]:
-    options = EngineOptions(slots=8, max_length=LENGTH, pictures=20, prefixes=1024, drafts=DRAFTS)
+    options = EngineOptions(slots=8, max_length=LENGTH, pictures=20, prefixes=1024, speculate=DRAFTS)
     engine = Engine(Generator(model), TABLE, options)
     engine.warm_up()
     engine.start()
@@ -137,5 +137,5 @@ def test_side_by_side_with_replies_that_take_none(engine, generator):
 
 @pytest.mark.parametrize("drafts", [-1, 16])
 def test_more_drafts_than_there_is_room_for(drafts):
-    with pytest.raises(UserError, match=rf"drafts is {drafts}; it must be at (least 0|most 15)"):
-        EngineOptions(drafts=drafts)
+    with pytest.raises(UserError, match=rf"speculate is {drafts}; it must be at (least 0|most 15)"):
+        EngineOptions(speculate=drafts)

@@ -16,7 +16,7 @@ from qwenvl_jax.inference.engine import Engine, EngineOptions
 from qwenvl_jax.inference.sampling import SamplingOptions
 from qwenvl_jax.inference.slots import LiveBatch
 
-OPTIONS = EngineOptions(slots=4, max_length=128, pictures=2, prefixes=512, drafts=3)
+OPTIONS = EngineOptions(slots=4, max_length=128, pictures=2, prefixes=512, speculate=3)
 TABLE = {token: bytes([token % 26 + 97]) for token in range(320)}
 
 
