@@ -99,7 +99,8 @@ class Generator:
         def on_leaves(leaves, *args, **kwargs):
             return function(jax.tree.unflatten(self._structure, leaves), *args, **kwargs)
 
-        return Program(on_leaves, self.programs, place, **options)
+        keywords = getattr(function, "keywords", None)  # of a partial
+        return Program(on_leaves, self.programs, place, (self._structure, keywords), **options)
 
     def encode_images(self, pixels: np.ndarray) -> jax.Array:
         """pixels float32 [I, 3, S, S], normalised -> features [bucket(I), Q, D], zeros after the first I."""
@@ -195,11 +196,12 @@ class Generator:
         finished = jax.ShapeDtypeStruct((1,), bool)
         arguments = (ids, ids, number, features, options, rotary, number, finished, self.chosen(0))
         self._prefill.compile((1, length, pictures), self.leaves, *arguments)
-        return self.layout.batch(jax.eval_shape(self._prefill.jitted, self.leaves, *arguments))
+        return self.layout.batch(self._prefill.result((1, length, pictures)))
 
     def features(self, pictures: int) -> jax.ShapeDtypeStruct:
         """The shape of the features of so many pictures, [I, Q, D]."""
-        return jax.eval_shape(self._encode.jitted, self.leaves, self.pixels(pictures))
+        shape = pictures, self.config.visual.n_queries, self.config.hidden_size
+        return jax.ShapeDtypeStruct(shape, self.leaves[0].dtype)
 
     def pixels(self, pictures: int) -> jax.ShapeDtypeStruct:
         """The shape of so many pictures."""

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from qwenvl_jax.config import UserError
+from qwenvl_jax.inference import executables
 from qwenvl_jax.inference.decode import SHORTEST_BUCKET, Generator
 from qwenvl_jax.inference.prefixes import block_digests
 from qwenvl_jax.inference.reading import PromptReader
@@ -103,15 +104,16 @@ class Engine:
     # Before the first request.
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compiles every program there will be. progress: is told how many are done, of how many."""
-        first, shapes = self._reader.compile()
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        """Compiles every program there will be, or reads it from disk. progress: is told how many are done, of how
+        many. No other thread should compile meanwhile: JAX's cache is not used."""
+        programs, (first, shapes) = self._generator.programs, self._reader.compile()
+        with executables.kept() as programs.kept, ThreadPoolExecutor(os.cpu_count()) as pool:
             for done, of in _side_by_side(pool, first, lambda: self._batch.compile(dict(sorted(shapes.items())))):
                 if progress is not None:
                     progress(done, of)
         self._batch.start()
-        self._generator.programs.sealed = True
-        self._compiled = self._generator.programs.compiled
+        programs.kept, programs.sealed = None, True
+        self._compiled = programs.compiled
 
     def start(self) -> None:
         """Starts the thread that owns the device."""

@@ -35,7 +35,8 @@ class PictureFeatures:
         """What compiles all programs, for stacks of these numbers of pictures."""
         generator = self._generator
         shapes = {count: generator.pixels(count) for count in AT_ONCE}
-        one = jax.eval_shape(self._encode.jitted, generator.leaves, shapes[1], self._chosen(0))[0]
+        features = generator.features(1)
+        one = jax.ShapeDtypeStruct(features.shape[1:], features.dtype)
         self._nothing = self._nothing.astype(one.dtype)
         return [
             *(partial(self._encode.compile, n, generator.leaves, shapes[n], self._chosen(0)) for n in AT_ONCE),

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from qwenvl_jax.inference import executables
 from qwenvl_jax.inference.layout import Layout
 
 
@@ -14,12 +15,13 @@ class NotCompiled(RuntimeError):
 
 
 class Counter:
-    """How many programs have been compiled, whether more may be, and where their arrays lie."""
+    """How many programs have been compiled, whether more may be, where their arrays lie, and where they are kept."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.compiled = 0
         self.sealed = False
+        self.kept: executables.Executables | None = None  # while programs are compiled ahead
 
 
 class Program:
@@ -27,10 +29,18 @@ class Program:
 
     `program[key]` is to be called: what `compile` made for the key or, where there is none, the jitted function, which
     compiles when it has to. Once the counter is sealed there must be one. place: where what the function returns lies,
-    a method of `Layout`. options: those of `jax.jit`.
+    a method of `Layout`. closed_over: what the function depends on besides its arguments and its source, in full by its
+    `repr`. options: those of `jax.jit`.
     """
 
-    def __init__(self, function: Callable, counter: Counter, place: Callable[[Layout, Any], Any], **options: Any):
+    def __init__(
+        self,
+        function: Callable,
+        counter: Counter,
+        place: Callable[[Layout, Any], Any],
+        closed_over: Any = None,
+        **options: Any,
+    ):
         @functools.wraps(function)
         def counted(*args, **kwargs):
             counter.compiled += 1  # runs once per compilation, when the program is traced
@@ -38,6 +48,7 @@ class Program:
 
         self.name = function.__name__
         self.jitted = jax.jit(counted, **options)
+        self._identity = function.__module__, function.__qualname__, place.__name__, closed_over, options
         self._counter = counter
         self._ahead: dict[Hashable, jax.stages.Compiled] = {}
 
@@ -52,8 +63,20 @@ class Program:
     def compile(self, key: Hashable, *args: Any, **kwargs: Any) -> None:
         """Compiles for arguments of these shapes: arrays or `jax.ShapeDtypeStruct`s. Threads may do so side by side.
 
-        A shape without a sharding is that of an array of the host.
+        A shape without a sharding is that of an array of the host. What was compiled before is read from disk.
         """
-        if key not in self._ahead:
-            args, kwargs = self._counter.layout.given((args, kwargs))
-            self._ahead[key] = self.jitted.lower(*args, **kwargs).compile()
+        if key in self._ahead:
+            return
+        args, kwargs = self._counter.layout.given((args, kwargs))
+        kept = self._counter.kept
+        name = executables.key(self.name, self._identity, executables.arguments((args, kwargs))) if kept else ""
+        program = kept.load(name, self._counter.layout.devices) if kept else None
+        if program is None:
+            program = self.jitted.lower(*args, **kwargs).compile()
+            if kept:
+                kept.save(name, program)
+        self._ahead[key] = program
+
+    def result(self, key: Hashable) -> Any:
+        """The shapes of what the program compiled for a key returns."""
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._ahead[key].out_info)

@@ -59,7 +59,7 @@ class PromptReader:
             past, state, fixed, _ = self._generator.compile_prefill(size, self._pictures_in(size))
             if self._in_int8 is not None:
                 self._in_int8.compile(size, past)
-                past = self._generator.layout.batch(jax.eval_shape(self._in_int8.jitted, past))
+                past = self._generator.layout.batch(self._in_int8.result(size))
             shapes[size] = Prefilled(past, state, fixed)
             wide = with_slots(past, self._room)
             self._resize.compile((size, self._room), past.k[0], slots=self._room)
