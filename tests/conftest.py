@@ -8,10 +8,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 # Programs of tests are run once or twice on tiny shapes: what takes long is compiling them well. Before JAX starts; the
-# processes that tests start inherit it.
-OF_OLDER_JAX = " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-os.environ.setdefault("XLA_FLAGS", FLAGS + (OF_OLDER_JAX if version("jax") < "0.11" else ""))
+# processes that tests start inherit it. The second line is of flags that newer ones do not have.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    + (" --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1" * (version("jax") < "0.11")),
+)
 
 import jax
 import pytest
