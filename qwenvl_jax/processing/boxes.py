@@ -183,6 +183,19 @@ def draw(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
     return drawn
 
 
+def draw_answers(image: Image.Image, expected: Sequence[Box], answered: Sequence[Box], side: int) -> Image.Image:
+    """The RGB `image`, its longer side resized to `side` pixels, with the boxes of both answers, which say whose they
+    are."""
+    scale = side / max(image.size)
+    size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+    labelled = [
+        Box(name, *(round(corner * scale) for corner in (box.x1, box.y1, box.x2, box.y2)))
+        for name, found in (("expected", expected), ("answered", answered))
+        for box in found
+    ]
+    return draw(image.resize(size, Image.Resampling.LANCZOS), labelled)
+
+
 def _draw_label(
     canvas: ImageDraw.ImageDraw, size: tuple[int, int], box: Box, colour: str, font_size: int, plates: list[Plate]
 ) -> None:
