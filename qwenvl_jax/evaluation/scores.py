@@ -162,7 +162,7 @@ def from_json(text: str, where: str = "scores") -> Scores:
 
 def _numbers(kept: Sequence[Mapping[str, Any]]) -> tuple[Number, ...]:
     limits = ("value", "low", "high")
-    return tuple(Number(**number | {name: _number(number[name]) for name in limits}) for number in kept)
+    return tuple(Number(**dict(number) | {name: _number(number[name]) for name in limits}) for number in kept)
 
 
 def _number(value: float | None) -> float:

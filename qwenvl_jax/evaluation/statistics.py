@@ -76,12 +76,13 @@ def intervals(
     """Each score with its interval."""
     ones = np.ones(len(units.ids))
     values = [score.compute(units, ones) for score in scores]
-    drawn = np.array(
-        [[score.compute(units, weights) for score in scores] for weights in draws(clusters, resamples, seed)]
-    )
+    judged = [place for place, value in enumerate(values) if not math.isnan(value)]
+    drawn = np.full((resamples, len(scores)), math.nan)
+    for row, weights in zip(drawn, draws(clusters, resamples, seed), strict=False):
+        row[judged] = [scores[place].compute(units, weights) for place in judged]
     count = len(np.unique(clusters))
     return [
-        Interval(value, *_limits(drawn[:, number] if len(drawn) else drawn, value, score.best, count))
+        Interval(value, *_limits(drawn[:, number], value, score.best, count))
         for number, (score, value) in enumerate(zip(scores, values, strict=True))
     ]
 

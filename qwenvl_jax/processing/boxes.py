@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -183,14 +183,14 @@ def draw(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
     return drawn
 
 
-def draw_answers(image: Image.Image, expected: Sequence[Box], answered: Sequence[Box], side: int) -> Image.Image:
-    """The RGB `image`, its longer side resized to `side` pixels, with the boxes of both answers, which say whose they
-    are."""
+def draw_answers(image: Image.Image, answers: Mapping[str, Sequence[Box]], side: int) -> Image.Image:
+    """The RGB `image`, its longer side resized to `side` pixels, with the boxes of several answers, each of which has
+    the name of its answer."""
     scale = side / max(image.size)
     size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
     labelled = [
         Box(name, *(round(corner * scale) for corner in (box.x1, box.y1, box.x2, box.y2)))
-        for name, found in (("expected", expected), ("answered", answered))
+        for name, found in answers.items()
         for box in found
     ]
     return draw(image.resize(size, Image.Resampling.LANCZOS), labelled)

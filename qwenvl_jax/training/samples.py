@@ -127,5 +127,6 @@ class Samples:
             return line
         expected = self.processor.boxes(asked.expected, reply.pictures)
         name = f"{number}.png"
-        boxes.draw_answers(reply.pictures[-1], expected, reply.boxes, SIDE).save(folder / name)
+        shown = boxes.draw_answers(reply.pictures[-1], {"expected": expected, "answered": reply.boxes}, SIDE)
+        shown.save(folder / name)
         return line | {"picture": name, "boxes": {"expected": len(expected), "answered": len(reply.boxes)}}

@@ -231,6 +231,6 @@ def test_any_text_is_looked_through(text):
 
 def test_both_answers_boxes_are_drawn():
     picture = Image.new("RGB", (50, 100), "black")
-    shown = draw_answers(picture, *([Box(None, low, low, 45, 90)] for low in (5, 15)), 448)
+    shown = draw_answers(picture, {"one": [Box(None, 5, 5, 45, 90)], "other": [Box(None, 15, 15, 45, 90)]}, 448)
     assert shown.size == (224, 448)
     assert len(np.unique(np.asarray(shown).reshape(-1, 3), axis=0)) > 3  # two colours of boxes, black and letters
