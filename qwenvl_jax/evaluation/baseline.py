@@ -29,13 +29,15 @@ def best_fixed_reply(predictions: Sequence[Prediction], metric: Metric) -> Guess
     or the median box.
 
     It is chosen on the very samples that it is scored on, so it is an upper bound for a guess of its form. None where
-    there is nothing to try or no score above 0.
+    there is nothing to try, no score above 0, or a metric that reads no replies but a judge's words about them.
     """
     if not 0 < len(predictions) <= MOST_PREDICTIONS:
         return None
     tried = [(reply, _all_with(predictions, reply, choice)) for reply, choice in _candidates(predictions)]
     guesses = [Guess(reply, _headline(metric, fixed)) for reply, fixed in tried]
     guesses = [guess for guess in guesses if not math.isnan(guess.value)]
+    if all(guess.value == _headline(metric, predictions) for guess in guesses):
+        return None
     best = max(guesses, key=lambda guess: guess.value, default=None)
     return best if best and best.value > 0 else None
 
@@ -73,7 +75,7 @@ def _answers(reference: Any) -> Iterator[str]:
     if isinstance(reference, str):
         yield reference
     elif isinstance(reference, Mapping):
-        named = [value for key, value in reference.items() if "answer" in key.casefold()]
+        named = [value for key, value in reference.items() if "answer" in key or key == "references"]
         for value in named or reference.values():
             yield from _answers(value)
     elif isinstance(reference, (list, tuple)):

@@ -31,7 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("first", type=Path, metavar="A.jsonl", help="the predictions to compare with")
     parser.add_argument("second", type=Path, metavar="B.jsonl", help="the predictions to judge")
-    parser.add_argument("--metric", metavar="VARIANT", help="whose rules: official (default), qwenvl, vlmevalkit, ...")
+    parser.add_argument(
+        "--metric",
+        metavar="VARIANT",
+        default="official",
+        help="whose rules: official (default), qwenvl, vlmevalkit, ...",
+    )
     parser.add_argument("--common", action="store_true", help="compare on the samples that both have")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the comparison as a page, with samples")
     options = parser.parse_args(arguments)

@@ -61,7 +61,7 @@ def reference_text(reference: Mapping[str, Any]) -> str:
         return shortened(f"{string.ascii_uppercase[answer]}. {choices[answer]}" if choices else f"choice {answer + 1}")
     if "box" in reference:
         return f"{_values(reference['box'], numbers=True)} in pixels"
-    for name in ("answers", "captions", "answer"):
+    for name in ("answers", "references", "answer"):
         if name in reference:
             return _values(reference[name])
     lines = [f"{e(str(name))}: {_values(value)}" for name, value in reference.items()]

@@ -143,12 +143,13 @@ def _permuted(
     """Both runs with the replies to each cluster on sides drawn at random."""
     rng = np.random.default_rng(seed)
     count = int(clusters.max()) + 1
+    unequal = [name for name, column in first.columns.items() if not np.array_equal(column, second.columns[name])]
     for _ in range(resamples):
-        swapped = (rng.random(count) < 0.5)[clusters]
-        sides = [
-            {name: np.where(swapped, other.columns[name], column) for name, column in one.columns.items()}
-            for one, other in ((first, second), (second, first))
-        ]
+        swapped = rng.integers(0, 2, count, dtype=bool)[clusters]
+        sides = [dict(first.columns), dict(first.columns)]
+        for name in unequal:
+            one, other = first.columns[name], second.columns[name]
+            sides[0][name], sides[1][name] = np.where(swapped, other, one), np.where(swapped, one, other)
         yield dataclasses.replace(first, columns=sides[0]), dataclasses.replace(second, columns=sides[1])
 
 

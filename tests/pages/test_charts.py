@@ -1,10 +1,12 @@
 """Charts and colours of pages: short numbers, bounded size, and a contrast that can be read."""
 
+import math
 import re
 
 import pytest
 
 from qwenvl_jax.pages.charts import line_chart, number_text
+from qwenvl_jax.pages.ranges import Row, histogram, ranges
 from qwenvl_jax.pages.style import STYLE
 
 
@@ -42,3 +44,21 @@ def test_colours_can_be_told_from_the_ground_in_light_and_dark():
 )
 def test_numbers_are_short(value, text):
     assert number_text(value) == text
+
+
+def test_values_stand_where_they_should():
+    drawn = ranges(("", "n"), [Row("a", ("3",), 25.0, 0.0, 50.0), Row("b", ("4",), math.nan)], 0.0, 100.0, mark=75.0)
+    assert '<line class="plain spread" x1="0.00%" x2="50.00%"' in drawn
+    assert 'cx="25.00%"' in drawn
+    assert drawn.count("<circle") == 1
+    assert drawn.count('x1="75.00%"') == 2
+    assert ranges((), [], 0.0, 1.0) == ""
+    assert 'cx="100.00%"' in ranges(("",), [Row("off", (), 3.0)], 0.0, 1.0)
+
+
+def test_a_histogram_has_a_bar_for_each_length():
+    drawn = histogram("lengths", [0, 1, 1, 3], "tokens")
+    assert drawn.count("<rect") == 4
+    assert re.findall(r' height="([\d.]+)%"', drawn) == ["50.00", "100.00", "0.00", "50.00"]
+    assert histogram("lengths", list(range(1000)), "tokens").count("<rect") <= 24
+    assert histogram("none", [], "tokens") == ""
