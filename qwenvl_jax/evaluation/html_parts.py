@@ -25,6 +25,7 @@ from qwenvl_jax.processing.boxes import Box
 
 SIDE = 448  # pixels of the longer side of a shown picture
 LONGEST = 700  # letters of a shown text
+FOLDED = 240  # letters of a reply; the others are folded away
 MOST_ANSWERS = 6  # of a reference
 LARGEST_FILE = 64 * 2**20  # bytes
 _CORNERS = re.compile(r"\([^()]{1,20}\),\([^()]{1,20}\)")
@@ -51,7 +52,10 @@ def reply_text(prediction: Prediction) -> str:
     """The reply as markup, or why there is none."""
     if prediction.error is not None:
         return f'<span class="otherwise">failed: {shortened(prediction.error)}</span>'
-    return shortened(prediction.reply) or '<span class="more">an empty reply</span>'
+    first, rest = prediction.reply[:FOLDED], prediction.reply[FOLDED:]
+    if not rest:
+        return e(first) or '<span class="more">an empty reply</span>'
+    return f"{e(first)}<details><summary>{len(rest):,} letters more</summary>{shortened(rest)}</details>"
 
 
 def reference_text(reference: Mapping[str, Any]) -> str:
@@ -186,6 +190,7 @@ figcaption + table td:last-child { overflow-wrap: anywhere; }
 .soft { color: var(--soft); font-size: 0.9rem; max-width: 80ch; } .soft.list { padding-left: 20px; }
 article .where + dl, article dl + .where { margin-top: 10px; } .sample + .sample { border-top: 1px solid var(--rule);
   margin-top: 12px; padding-top: 4px; }
+section > :is(.cards, .charts) { align-items: start; }
 article img { max-height: 320px; object-fit: contain; object-position: left top; }
 .choices { list-style: none; margin: 2px 0 0; padding: 0; font-size: 0.9rem; }
 .choices li { display: flex; justify-content: space-between; gap: 12px; overflow-wrap: anywhere; }

@@ -64,7 +64,7 @@ def _head(run: Run, task: str) -> str:
     scores, headline = run.scores, run.scores.headline
     counted = f"{scores.samples:,}"
     if scores.pictures < len(scores.ids):
-        counted += f" about {scores.pictures:,} pictures"
+        counted += f" about {scores.pictures:,} picture{'s' if scores.pictures > 1 else ''}"
     known = {"Samples": counted, "Metric": f"{scores.metric}, {scores.variant} rules", "Failed": f"{headline.failed:,}"}
     if len(scores.ids) != scores.samples:
         known["Judged together"] = f"as {len(scores.ids):,} units"

@@ -82,25 +82,25 @@ def intervals(
         row[judged] = [scores[place].compute(units, weights) for place in judged]
     count = len(np.unique(clusters))
     return [
-        Interval(value, *_limits(drawn[:, number], value, score.best, count))
-        for number, (score, value) in enumerate(zip(scores, values, strict=True))
+        Interval(value, *_limits(drawn[:, place], value, (0.0, score.best), count))
+        for place, (score, value) in enumerate(zip(scores, values, strict=True))
     ]
 
 
-def _limits(drawn: np.ndarray, value: float, best: float, count: int) -> tuple[float, float]:
-    """The ends of an interval from draws of a score that was `value` on all `count` clusters."""
+def _limits(drawn: np.ndarray, value: float, span: tuple[float, float], count: int) -> tuple[float, float]:
+    """The ends of an interval, from draws of what was `value` on all `count` clusters and can be anything in `span`."""
     drawn = drawn[np.isfinite(drawn)]
     if not len(drawn) or math.isnan(value):
         return math.nan, math.nan
-    if count > 1 and (drawn.max() > drawn.min() or 0 < value < best):
-        low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return float(low), float(high)
-    if count == 1 and 0 < value < best:
-        return 0.0, best  # one picture says nothing about others
-    # All right or all wrong: draws of it vary as little as it does. What Clopper and Pearson (1934) have for shares
-    # holds for every mean of values from 0 to `best`, since those that are not at the end move it by no more than that.
-    margin = best * (1 - ((1 - LEVEL) / 2) ** (1 / count))
-    return (value - margin, value) if value else (0.0, margin)
+    if count == 1:  # says nothing about others
+        return min(span[0], value), max(span[1], value)
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    if drawn.min() == drawn.max() and value in (0.0, *span):
+        # All right, all wrong or no difference: draws of it do not vary, but another sample might. At most this share
+        # of clusters is otherwise (Clopper and Pearson 1934), and by no more than the span allows.
+        share = 1 - ((1 - LEVEL) / 2) ** (1 / count)
+        low, high = value + share * (span[0] - value), value + share * (span[1] - value)
+    return float(low), float(high)
 
 
 def differences(
@@ -119,21 +119,22 @@ def differences(
 
     values = difference(first, second, ones)
     drawn = np.array([difference(first, second, weights) for weights in draws(clusters, resamples, seed)])
-    single = len(np.unique(clusters)) == len(clusters)
-    columns = [_share_column((first, second), score) if single else None for score in scores]
+    drawn = drawn.reshape(-1, len(scores))
+    count = len(np.unique(clusters))
+    columns = [_share_column((first, second), score) if count == len(clusters) else None for score in scores]
     permuted = np.zeros((0, len(scores)))
     if None in columns and len(clusters):
         pairs = _permuted(first, second, clusters, resamples, seed + 1)
         permuted = np.array([difference(one, other, ones) for one, other in pairs])
     found = []
     for number, (value, column) in enumerate(zip(values, columns, strict=True)):
-        finite = drawn[:, number][np.isfinite(drawn[:, number])] if len(drawn) else drawn
-        ends = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(finite) else (math.nan, math.nan)
+        best = scores[number].best
+        ends = _limits(drawn[:, number], value, (-best, best), count)
         if column is not None:
             p, test = mcnemar(first.columns[column], second.columns[column]), "McNemar, exact"
         else:
             p, test = _permutation_p(permuted[:, number], value), "permutation"
-        found.append(Difference(value, float(ends[0]), float(ends[1]), p, test))
+        found.append(Difference(value, *ends, p, test))
     return found
 
 

@@ -78,6 +78,8 @@ def test_all_right_is_not_certain(of):
 
 def test_one_picture_says_nothing_about_others():
     assert interval(units_of([1, 0]), np.zeros(2, int)) == statistics.Interval(50.0, 0.0, 100.0)
+    found = difference([1, 0], [1, 1], np.zeros(2, int), resamples=50)
+    assert (found.value, found.low, found.high, found.p) == (50.0, -100.0, 100.0, 1.0)
 
 
 def test_nothing_to_judge_has_no_interval():
@@ -165,9 +167,18 @@ def test_pairs_are_compared_and_not_two_crowds():
     assert found.p < 0.001
 
 
-def test_equal_runs_do_not_differ():
+def test_equal_runs_may_differ_elsewhere():
+    """Of n samples without a difference, at most 1 - 0.025 ** (1 / n) of all may have one."""
     found = difference([0.1, 0.5, 0.9], [0.1, 0.5, 0.9])
-    assert (found.value, found.low, found.high, found.p) == (0, 0, 0, 1)
+    end = 100 * (1 - 0.025 ** (1 / 3))
+    assert (found.value, found.low, found.high, found.p) == (0, pytest.approx(-end), pytest.approx(end), 1)
+
+
+@pytest.mark.parametrize("won", range(1, 12))
+def test_interval_and_test_agree_where_all_are_won(won):
+    found = difference([0] * won, [1] * won, resamples=20)
+    assert (found.low > 0) == (found.p < 0.05)
+    assert found.high == 100
 
 
 def test_a_score_that_is_no_share_is_permuted():
