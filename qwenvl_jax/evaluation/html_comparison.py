@@ -71,8 +71,8 @@ def _differences(numbers: dict[str, Compared]) -> str:
         values = (value_text(value, number.best) for value in (number.first, number.second))
         difference = signed_text(found.value, number.best)
         cells = (f"{number.n:,}", *values, difference, f"{low} to {high}", p_text(found.p))
-        drawn = (value / scale for value in (found.value, found.low, found.high))
-        rows.append(Row(label, cells, *drawn, strong=number.verdict != 0))
+        strong = number.verdict != 0
+        rows.append(Row(label, cells, found.value / scale, found.low / scale, found.high / scale, strong))
     ends = [abs(value) for row in rows for value in (row.value, row.low, row.high) if not math.isnan(value)]
     top = _round_up(max(ends, default=1.0))
     return ranges.ranges(("", "n", "A", "B", "B − A", CONFIDENCE, "p"), rows, -top, top, mark=0.0)

@@ -13,15 +13,13 @@ e = html.escape
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A value with an interval where it has one. cells: text between label and bar. strong: rows that matter most.
-    second: another value with its interval, drawn below the first."""
+    """A value with an interval where it has one. cells: text between label and bar. strong: rows that matter most."""
 
     label: str
     cells: tuple[str, ...]
     value: float
     low: float = math.nan
     high: float = math.nan
-    second: tuple[float, float, float] | None = None
     strong: bool = False
 
 
@@ -44,21 +42,15 @@ def _row(row: Row, heads: Sequence[str], low: float, high: float, mark: float) -
     def place(value: float) -> str:
         return f"{100 * min(max((value - low) / (high - low), 0.0), 1.0):.2f}%"
 
-    def drawn(value: float, start: float, end: float, style: str, y: str) -> str:
-        if math.isnan(value):
-            return ""
-        line = ""
-        if not math.isnan(start):
-            line = f'<line class="{style} spread" x1="{place(start)}" x2="{place(end)}" y1="{y}" y2="{y}"/>'
-        return f'{line}<circle class="{style}" cx="{place(value)}" cy="{y}" r="5"/>'
-
+    style = "c0" if row.strong else "plain"
     parts = [f'<line class="grid" x1="{at}%" x2="{at}%" y1="0" y2="100%"/>' for at in (0, 25, 50, 75, 100)]
     if not math.isnan(mark):
         parts.append(f'<line class="mark" x1="{place(mark)}" x2="{place(mark)}" y1="0" y2="100%"/>')
-    style = "c0" if row.strong or row.second else "plain"
-    parts.append(drawn(row.value, row.low, row.high, style, "28%" if row.second else "50%"))
-    if row.second:
-        parts.append(drawn(*row.second, "c1", "72%"))
+    if not math.isnan(row.low):
+        ends = f'x1="{place(row.low)}" x2="{place(row.high)}"'
+        parts.append(f'<line class="{style} spread" {ends} y1="50%" y2="50%"/>')
+    if not math.isnan(row.value):
+        parts.append(f'<circle class="{style}" cx="{place(row.value)}" cy="50%" r="5"/>')
     cells = "".join(f'<td data-head="{e(head)}">{e(cell)}</td>' for head, cell in zip(heads, row.cells, strict=True))
     return (
         f'<tr{" class=strong" if row.strong else ""}><th scope="row">{e(row.label)}</th>{cells}'
@@ -104,7 +96,7 @@ STYLE = """
 .bar .grid { opacity: 0.55; } .bar .mark { stroke: var(--soft); stroke-width: 1.5; stroke-dasharray: 3 3; }
 .bar .plain { stroke: var(--soft); } .bar circle.plain { fill: var(--soft); }
 .bar .spread { stroke-width: 4; stroke-linecap: round; opacity: 0.45; }
-.bar circle { stroke-width: 0; } .bar circle.c0 { fill: var(--c0); } .bar circle.c1 { fill: var(--c1); }
+.bar circle { stroke-width: 0; } .bar circle.c0 { fill: var(--c0); }
 .histogram { display: block; width: 100%; height: 120px; border-bottom: 1px solid var(--rule); }
 .fill { fill: var(--c0); }
 .axis { display: flex; justify-content: space-between; margin: 4px 0 0; color: var(--soft); font-size: 0.85rem; }
