@@ -11,7 +11,7 @@ PACKAGE = Path(qwenvl_jax.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
 
 FLOORS = {
-    "config": 0, "nn": 0, "sharding": 0, "hosts": 0, "assets": 0,
+    "config": 0, "nn": 0, "sharding": 0, "hosts": 0, "assets": 0, "pages": 0,
     "models": 1, "processing": 1,
     "checkpoints": 2,
     "vlm": 3, "inference": 3, "data": 3,

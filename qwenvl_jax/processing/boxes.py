@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -181,6 +181,19 @@ def draw(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
         if box.label:
             _draw_label(canvas, drawn.size, box, colour, max(12, round(scale / 30)), plates)
     return drawn
+
+
+def draw_answers(image: Image.Image, answers: Mapping[str, Sequence[Box]], side: int) -> Image.Image:
+    """The RGB `image`, its longer side resized to `side` pixels, with the boxes of several answers, each of which has
+    the name of its answer."""
+    scale = side / max(image.size)
+    size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+    labelled = [
+        Box(name, *(round(corner * scale) for corner in (box.x1, box.y1, box.x2, box.y2)))
+        for name, found in answers.items()
+        for box in found
+    ]
+    return draw(image.resize(size, Image.Resampling.LANCZOS), labelled)
 
 
 def _draw_label(

@@ -9,14 +9,13 @@ All text from records, recipes and models is escaped; the page loads nothing and
 
 import base64
 import datetime
-import html
 import sys
 from pathlib import Path
 
 from qwenvl_jax.config import UserError
-from qwenvl_jax.training.charts import line_chart, number_text
+from qwenvl_jax.pages.charts import line_chart, number_text
+from qwenvl_jax.pages.page import e, facts, page, section
 from qwenvl_jax.training.history import Row, Start, of_kind, points, read_rows, starts
-from qwenvl_jax.training.report_style import STYLE
 
 # Charts of training metrics: title, {label: name}, and whether the axis is logarithmic or in percent.
 CHARTS = (
@@ -43,8 +42,6 @@ WORDS = {
     "crashed": ("crashed", ""),
 }
 
-e = html.escape
-
 
 def write_report(output: Path) -> Path:
     """Writes `report.html` into a run's folder, whole or not at all, and returns its path."""
@@ -61,25 +58,15 @@ def report(output: Path) -> str:
     recipe = output / "recipe.yaml"
     sections = [
         _head(output, trained, evaluated, runs),
-        _section("Curves", _charts(trained, evaluated)),
-        _section("Last evaluation", _evaluation(evaluated)),
-        _section("Samples", _samples(output / "samples")),
-        _section("Records left out or cut", _left_out(runs)),
-        _section("Starts", _starts(runs)),
-        _section("Made with", _versions(runs)),
-        _section("Recipe", f"<pre>{e(recipe.read_text(encoding='utf-8'))}</pre>" if recipe.exists() else ""),
+        section("Curves", _charts(trained, evaluated)),
+        section("Last evaluation", _evaluation(evaluated)),
+        section("Samples", _samples(output / "samples")),
+        section("Records left out or cut", _left_out(runs)),
+        section("Starts", _starts(runs)),
+        section("Made with", _versions(runs)),
+        section("Recipe", f"<pre>{e(recipe.read_text(encoding='utf-8'))}</pre>" if recipe.exists() else ""),
     ]
-    title = e(f"Training run {output.name}")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><title>{title}</title><style>{STYLE}</style></head>\n'
-        f"<body><main>{''.join(sections)}</main></body></html>\n"
-    )
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{e(title)}</h2>{content}</section>\n" if content else ""
+    return page(f"Training run {output.name}", sections)
 
 
 def _head(output: Path, trained: list[Row], evaluated: list[Row], runs: list[Start]) -> str:
@@ -87,27 +74,26 @@ def _head(output: Path, trained: list[Row], evaluated: list[Row], runs: list[Sta
     last = runs[-1] if runs else None
     how, hint = WORDS[last.how if last else None]
     message = " ".join(filter(None, [hint, last.message if last else ""]))
-    facts: dict[str, str] = {}
+    told: dict[str, str] = {}
     if last:
-        facts["Steps"] = f"{trained[-1]['step'] if trained else last.first['step']:,} of {last.first['steps']:,}"
-        facts["Time"] = _duration(sum(run.seconds for run in runs))
-        facts["Parameters"] = number_text(last.first["parameters"])
+        told["Steps"] = f"{trained[-1]['step'] if trained else last.first['step']:,} of {last.first['steps']:,}"
+        told["Time"] = _duration(sum(run.seconds for run in runs))
+        told["Parameters"] = number_text(last.first["parameters"])
         if last.first["trained"] != last.first["parameters"]:
-            facts["Trained"] = number_text(last.first["trained"])
+            told["Trained"] = number_text(last.first["trained"])
     if trained:
-        facts["Records seen"] = f"{trained[-1].get('records', 0):,}"
-        facts["Training loss"] = number_text(trained[-1]["loss"])
+        told["Records seen"] = f"{trained[-1].get('records', 0):,}"
+        told["Training loss"] = number_text(trained[-1]["loss"])
     if losses := points(evaluated, "loss"):
         step, best = min(losses, key=lambda point: point[1])
-        facts["Validation loss"] = number_text(losses[-1][1])
+        told["Validation loss"] = number_text(losses[-1][1])
         if step != losses[-1][0]:
-            facts[f"Best, at step {step:,}"] = number_text(best)
-    shown = "".join(f"<div><dt>{e(name)}</dt><dd>{e(value)}</dd></div>" for name, value in facts.items())
+            told[f"Best, at step {step:,}"] = number_text(best)
     state = (last.how or "open").replace(" ", "-") if last else "open"
     return (
         f'<header><p class="over">Training run</p><h1>{e(output.name)} <span class="state {state}">{e(how)}</span></h1>'
         + (f'<p class="message {state}">{e(message)}</p>' if message else "")
-        + f"<dl>{shown}</dl></header>\n"
+        + f"{facts(told)}</header>\n"
     )
 
 
@@ -217,8 +203,9 @@ def _versions(runs: list[Start]) -> str:
     if not runs:
         return ""
     first = runs[-1].first
-    facts = first["versions"] | {"devices": first["device"], "hosts": str(first["hosts"]), "machine": first["machine"]}
-    return "<dl>" + "".join(f"<div><dt>{e(n)}</dt><dd>{e(v)}</dd></div>" for n, v in facts.items()) + "</dl>"
+    return facts(
+        first["versions"] | {"devices": first["device"], "hosts": str(first["hosts"]), "machine": first["machine"]}
+    )
 
 
 def _words(name: str) -> str:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from qwenvl_jax.config import UserError
 from qwenvl_jax.data.questions import View, ask
@@ -20,7 +19,6 @@ from qwenvl_jax.data.records import Record
 from qwenvl_jax.data.scenes import sample_scene, scene_rng
 from qwenvl_jax.models.qwen_vl import QwenVL
 from qwenvl_jax.processing import boxes
-from qwenvl_jax.processing.boxes import Box
 from qwenvl_jax.processing.processor import Processor
 from qwenvl_jax.processing.template import IGNORED
 from qwenvl_jax.vlm import VLM, Reply
@@ -129,17 +127,6 @@ class Samples:
             return line
         expected = self.processor.boxes(asked.expected, reply.pictures)
         name = f"{number}.png"
-        drawn_sample(reply.pictures[-1], expected, reply.boxes).save(folder / name)
+        shown = boxes.draw_answers(reply.pictures[-1], {"expected": expected, "answered": reply.boxes}, SIDE)
+        shown.save(folder / name)
         return line | {"picture": name, "boxes": {"expected": len(expected), "answered": len(reply.boxes)}}
-
-
-def drawn_sample(picture: Image.Image, expected: Sequence[Box], answered: Sequence[Box]) -> Image.Image:
-    """The picture, SIDE pixels long, with the boxes of both answers, which say whose they are."""
-    scale = SIDE / max(picture.size)
-    size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
-    labelled = [
-        Box(name, *(round(corner * scale) for corner in (box.x1, box.y1, box.x2, box.y2)))
-        for name, found in (("expected", expected), ("answered", answered))
-        for box in found
-    ]
-    return boxes.draw(picture.resize(size, Image.Resampling.LANCZOS), labelled)

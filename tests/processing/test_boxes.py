@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from qwenvl_jax.processing import boxes
-from qwenvl_jax.processing.boxes import COLOURS, Box, draw, parse, render, to_pixels, to_thousandths
+from qwenvl_jax.processing.boxes import COLOURS, Box, draw, draw_answers, parse, render, to_pixels, to_thousandths
 
 SIZE = (200, 100)
 
@@ -227,3 +227,10 @@ def test_every_problem_of_a_notation_is_found():
 @given(st.text("<>/refboxquad(),0123456789 .", max_size=40))
 def test_any_text_is_looked_through(text):
     assert all(isinstance(problem, str) for problem in boxes.notation_problems(text))
+
+
+def test_both_answers_boxes_are_drawn():
+    picture = Image.new("RGB", (50, 100), "black")
+    shown = draw_answers(picture, {"one": [Box(None, 5, 5, 45, 90)], "other": [Box(None, 15, 15, 45, 90)]}, 448)
+    assert shown.size == (224, 448)
+    assert len(np.unique(np.asarray(shown).reshape(-1, 3), axis=0)) > 3  # two colours of boxes, black and letters

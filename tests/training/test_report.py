@@ -12,10 +12,8 @@ import jax.numpy as jnp
 import pytest
 from PIL import Image
 
-from qwenvl_jax.training.charts import line_chart, number_text
 from qwenvl_jax.training.log import RunLog
 from qwenvl_jax.training.report import report
-from qwenvl_jax.training.report_style import STYLE
 
 EVIL = '<script>alert("1")</script><img src="https://example.org/x.png">'
 ROW = {
@@ -138,39 +136,3 @@ def test_the_command_writes_it_anew(tmp_path):
     done = subprocess.run([*command, str(tmp_path / "samples")], capture_output=True, text=True)
     assert done.returncode == 2
     assert "no log.jsonl" in done.stderr
-
-
-def test_a_chart_draws_what_there_is():
-    assert line_chart("nothing", {"a": []}) == ""
-    assert line_chart("one", {"a": [(5, 2.0)]}).count("<circle") >= 1
-    assert "polyline" in line_chart("flat", {"a": [(1, 3.0), (2, 3.0)]}, log=True)
-    assert line_chart("below", {"a": [(1, -1.0)]}, log=True) == ""
-    long = line_chart("long", {"a": [(i, float(i)) for i in range(5000)]})
-    assert len(long) < 20_000
-    assert "step 4,999" in long
-
-
-def luminance(colour: str) -> float:
-    """Relative luminance as WCAG defines it."""
-    parts = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def test_colours_can_be_told_from_the_ground_in_light_and_dark():
-    """WCAG's contrast for text (4.5) and for lines (3)."""
-    found = re.findall(r"--([\w]+): (#\w{6})", STYLE)
-    half = len(found) // 2
-    for colours in (dict(found[:half]), dict(found[half:])):
-        assert len(colours) == half
-        for name in colours.keys() - {"paper", "card", "rule"}:
-            for ground in ("paper", "card"):
-                low, high = sorted((luminance(colours[name]), luminance(colours[ground])))
-                assert (high + 0.05) / (low + 0.05) > (3 if name.startswith("c") else 4.5), (name, ground)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(0, "0"), (1e-5, "1e-5"), (0.25, "0.25"), (1234, "1,234"), (54321, "54.3k"), (2.5e9, "2.5G")]
-)
-def test_numbers_are_short(value, text):
-    assert number_text(value) == text

@@ -3,7 +3,6 @@
 import json
 
 import jax
-import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
@@ -15,7 +14,7 @@ from qwenvl_jax.data.records import Record
 from qwenvl_jax.nn.lora import LoraRecipe
 from qwenvl_jax.processing.processor import Processor
 from qwenvl_jax.sharding import make_mesh
-from qwenvl_jax.training.samples import SIDE, Samples, drawn_sample, record_questions, scene_records
+from qwenvl_jax.training.samples import SIDE, Samples, record_questions, scene_records
 from qwenvl_jax.vlm import VLM
 
 PICTURE = "qwenvl_jax/assets/pictures/word.png"
@@ -93,11 +92,3 @@ def test_models_with_an_adapter_and_on_a_mesh_answer_too(processor, tmp_path):
         Samples(asked, processor, tmp_path / name).answer(model, 1)
     plain, spread = ((tmp_path / name / "1" / "samples.jsonl").read_text() for name in ("plain", "spread"))
     assert plain == spread
-
-
-def test_both_boxes_are_drawn(processor):
-    picture = Image.new("RGB", (50, 100), "black")
-    found = [processor.boxes(f"<box>({low},{low}),(900,900)</box>", [picture]) for low in (100, 300)]
-    shown = drawn_sample(picture, *found)
-    assert shown.size == (SIDE // 2, SIDE)
-    assert len(np.unique(np.asarray(shown).reshape(-1, 3), axis=0)) > 3  # two colours of boxes, black and letters

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, for the report: they take the page's colours, light or dark, and say in words what they
+"""Line charts as inline SVG: they take the page's colours, light or dark, and say in words what they
 show."""
 
 import html

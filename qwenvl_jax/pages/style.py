@@ -1,4 +1,4 @@
-"""How the report looks: a column of cards, in the reader's light or dark, readable on a phone."""
+"""How every page looks: a column of cards, in the reader's light or dark, readable on a phone."""
 
 STYLE = """
 :root { --paper: #ffffff; --card: #f5f6f8; --ink: #1c2128; --soft: #57606a; --rule: #d0d7de;
