@@ -179,8 +179,6 @@ def _family(name: str) -> str:
 
 METRICS = {"mathvista_testmini": "mathvista"}
 TASKS = [
-    Task(
-        name, FAMILIES.get(name, "vqa"), sources[0].files, partial(read, name=name), METRICS.get(name, name), *decoding
-    )
+    Task(name, _family(name), sources[0].files, partial(read, name=name), METRICS.get(name, name), *decoding)
     for name, (_, sources, decoding) in DATASETS.items()
 ]
