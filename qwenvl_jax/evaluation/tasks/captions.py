@@ -13,7 +13,7 @@ from typing import Any
 
 from qwenvl_jax.config import UserError
 from qwenvl_jax.evaluation.task import Decoding, Reading, Sample, Task
-from qwenvl_jax.evaluation.tasks.files import Source, as_row, choose, json_file, no_examples, picture
+from qwenvl_jax.evaluation.tasks.files import Pictures, Source, as_row, choose, json_file, no_examples
 from qwenvl_jax.evaluation.tasks.prompts import CAPTION, CHAT_CAPTION, worked_examples
 
 _LAST_NUMBER = re.compile(r"(\d+)\.\w+$")
@@ -34,6 +34,7 @@ def coco_style(data: Path, files: Sequence[Path], folder: str = "") -> Iterator[
     file = files[0]
     content = as_row(str(file), json_file(file))
     captions: dict[Any, list[str]] = {}
+    find = Pictures(data, file.parent)
     for row in content.rows("annotations"):
         captions.setdefault(row.value("image_id"), []).append(row.text("caption"))
     for row in content.rows("images"):
@@ -41,27 +42,27 @@ def coco_style(data: Path, files: Sequence[Path], folder: str = "") -> Iterator[
         if number not in captions:
             raise UserError(f"{row.where}: no caption in 'annotations' has the image_id {number!r}")
         name = row.text("image") if "image" in row.fields else f"{folder}{row.text('file_name')}"
-        yield Captioned(number, picture(data, file, name), tuple(captions[number]), row.text("domain", ""))
+        yield Captioned(number, find(name), tuple(captions[number]), row.text("domain", ""))
 
 
 def karpathy(data: Path, files: Sequence[Path], split: str, folder: str) -> Iterator[Captioned]:
     """Karpathy's releases: all splits in one file; COCO's pictures lie in `filepath`, Flickr's in `folder`."""
+    find = Pictures(data, files[0].parent)
     for row in as_row(str(files[0]), json_file(files[0])).rows("images"):
         if row.text("split") == split or (split == "train" and row.text("split") == "restval"):
             captions = tuple(sentence.text("raw").strip() for sentence in row.rows("sentences"))
             name = f"{row.text('filepath', folder)}/{row.text('filename')}"
             number = row.value("cocoid") if "cocoid" in row.fields else row.value("imgid")
-            yield Captioned(number, picture(data, files[0], name), captions)
+            yield Captioned(number, find(name), captions)
 
 
 def blip(data: Path, files: Sequence[Path]) -> Iterator[Captioned]:
     """A list with `image` ("val2014/COCO_val2014_000000391895.jpg") and `caption`, one or a list of them."""
+    find = Pictures(data / "coco", data, files[0].parent)
     for row in as_row(str(files[0]), {"list": json_file(files[0])}).rows("list"):
         name = row.text("image")
         number = _LAST_NUMBER.search(name)
-        image = data / "coco" / name
-        image = image if image.exists() else picture(data, files[0], name)
-        yield Captioned(int(number[1]) if number else name, image, tuple(row.texts("caption")))
+        yield Captioned(int(number[1]) if number else name, find(name), tuple(row.texts("caption")))
 
 
 FLICKR_FOLDER = "flickr30k-images"

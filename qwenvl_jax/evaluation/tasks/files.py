@@ -129,11 +129,26 @@ def json_line(where: str, line: str) -> Row:
         raise UserError(f"{where}: not JSON ({error})") from None
 
 
-def picture(data: Path, file: Path, name: str) -> Path:
-    """The picture that a record of `file` names: under the data folder, with or without the "data/" that the original's
-    files begin their paths with, or beside the file. The first of these that exists, else the first."""
-    candidates = [data / name.removeprefix("./").removeprefix("data/"), file.parent / name, data / name]
-    return next((path for path in candidates if path.exists()), candidates[0])
+class Pictures:
+    """Finds the pictures that records name, under the first of several folders that has them, else the first of all.
+
+    Names may begin with the "data/" of the original's files. Where one picture of a folder was found, the others are
+    taken to be, so that a file of many records does not cost a look at the disk for each.
+    """
+
+    def __init__(self, *roots: Path):
+        self.roots = roots
+        self._found: dict[str, Path] = {}
+
+    def __call__(self, name: str) -> Path:
+        name = name.removeprefix("./").removeprefix("data/")
+        folder = name.rpartition("/")[0]
+        if folder not in self._found:
+            root = next((root for root in self.roots if (root / name).exists()), None)
+            if root is None:
+                return self.roots[0] / name
+            self._found[folder] = root
+        return self._found[folder] / name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,11 +182,17 @@ def choose(name: str, data: Path, sources: Sequence[Source], what: str = "") -> 
         raise UserError(f"{data}: no such folder of data; {name} expects {sources[0].files[0]} in it")
     begun = [i for i, missing in enumerate(lacks) if len(missing) < len(sources[i].files)]
     nearest = begun[0] if begun else 0
-    paths = " and ".join(str(data / file) for file in lacks[nearest])
-    others = [" with ".join(source.files) for i, source in enumerate(sources) if i != nearest]
+    paths = _listed([str(data / file) for file in lacks[nearest]])
+    others = [_listed(source.files) for i, source in enumerate(sources) if i != nearest]
     also = f" (or {', or '.join(others)})" if others else ""
     verb = "are" if len(lacks[nearest]) > 1 else "is"
     raise UserError(f"{paths}: {verb} missing{what}{also}; docs/evaluation.md says where {name} comes from")
+
+
+def _listed(files: Sequence[str]) -> str:
+    """The first two, and how many more."""
+    more = f" and {len(files) - 2} more" if len(files) > 2 else ""
+    return (", " if more else " and ").join(files[:2]) + more
 
 
 def unique(read: Callable[[Path, Reading], Iterable[Sample]]) -> Callable[[Path, Reading], Iterator[Sample]]:

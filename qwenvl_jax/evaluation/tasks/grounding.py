@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from qwenvl_jax.evaluation.task import Decoding, Reading, Sample, Task
-from qwenvl_jax.evaluation.tasks.files import Source, choose, json_lines, no_examples, picture
+from qwenvl_jax.evaluation.tasks.files import Pictures, Source, choose, json_lines, no_examples
 from qwenvl_jax.evaluation.tasks.prompts import CHAT_GROUNDING, GROUNDING
 
 SPLITS = {
@@ -27,12 +27,13 @@ def read(data: Path, reading: Reading, name: str) -> Iterator[Sample]:
     no_examples(name, reading)
     source = choose(name, data, [SOURCES[name]])
     form = GROUNDING if reading.style == "qwenvl" else CHAT_GROUNDING
+    find = Pictures(data, (data / source.files[0]).parent)
     for number, row in enumerate(source(data)):
         phrase = row.text("sent")
         yield Sample(
             id=str(number),
             prompt=form.format(phrase),
-            pictures=(picture(data, data / source.files[0], row.text("image")),),
+            pictures=(find(row.text("image")),),
             reference={
                 "box": row.numbers("bbox", 4),
                 "width": row.integer("width"),

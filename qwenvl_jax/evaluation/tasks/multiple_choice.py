@@ -12,7 +12,7 @@ from typing import Any
 
 from qwenvl_jax.evaluation.task import Decoding, Reading, Sample, Task
 from qwenvl_jax.evaluation.tasks import tsv
-from qwenvl_jax.evaluation.tasks.files import Row, Source, as_row, choose, json_file, json_lines, no_examples, picture
+from qwenvl_jax.evaluation.tasks.files import Pictures, Row, Source, as_row, choose, json_file, json_lines, no_examples
 from qwenvl_jax.evaluation.tasks.prompts import LETTERS, continuations, multiple_choice, vqa
 
 DECODING = Decoding(max_new_tokens=10), Decoding(max_new_tokens=100)
@@ -57,12 +57,13 @@ def as_sample(reading: Reading, item: Question, context: bool = True) -> Sample:
 
 def scienceqa_lines(data: Path, files: Sequence[Path]) -> Iterator[Question]:
     """The original's jsonl: `image`, `question`, `hint`, `choices`, `answer` (a number). Lines are counted."""
+    find = Pictures(data, files[0].parent)
     for number, row in enumerate(json_lines(files[0])):
-        yield _from_line(data, files[0], row, str(number), row.integer("answer"))
+        yield _from_line(find, row, str(number), row.integer("answer"))
 
 
-def _from_line(data: Path, file: Path, row: Row, id: str, answer: int | None) -> Question:
-    image = picture(data, file, row.text("image"))
+def _from_line(find: Pictures, row: Row, id: str, answer: int | None) -> Question:
+    image = find(row.text("image"))
     found = Question(id, row.text("question"), row.texts("choices"), answer, [image], row.text("hint", ""))
     return checked(row, found)
 
@@ -127,10 +128,11 @@ def mmbench_table(data: Path, files: Sequence[Path]) -> Iterator[Question]:
 
 def mmbench_lines(data: Path, files: Sequence[Path]) -> Iterator[Question]:
     """The original's jsonl: `index`, `image`, `hint`, `question`, `choices` and, but for hidden splits, `answer`."""
+    find = Pictures(data, files[0].parent)
     for row in json_lines(files[0]):
         answer = row.integer("answer") if "answer" in row.fields else None
         index = row.integer("index")
-        yield dataclasses.replace(_from_line(data, files[0], row, str(index), answer), reference={"index": index})
+        yield dataclasses.replace(_from_line(find, row, str(index), answer), reference={"index": index})
 
 
 def _mmbench(name: str, file: str) -> tuple[Source, ...]:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from qwenvl_jax.evaluation.task import PICTURE, Reading, Sample, Task
-from qwenvl_jax.evaluation.tasks.files import Row, Source, as_row, choose, json_file, json_lines, no_examples, picture
+from qwenvl_jax.evaluation.tasks.files import Pictures, Row, Source, as_row, choose, json_file, json_lines, no_examples
 from qwenvl_jax.evaluation.tasks.multiple_choice import DECODING, Question, as_sample, checked
 
 FRAMES = 4
@@ -68,6 +68,7 @@ def _letter(row: Row) -> int:
 def lines(data: Path, files: Sequence[Path], part: str) -> Iterator[Question]:
     """The original's jsonl: `question_id`, `prompt`, `answer`. Types are not in it, so that only the part is known;
     a question without frames ("Error..." for a prompt) is left out."""
+    find = Pictures(data, files[0].parent)
     for row in json_lines(files[0]):
         prompt = row.text("prompt")
         if prompt.startswith("Error"):
@@ -75,7 +76,7 @@ def lines(data: Path, files: Sequence[Path], part: str) -> Iterator[Question]:
         match = _LINE.match(prompt)
         if not match:
             raise row.error("prompt", "is not of the form <img>...</img>, Question, Options, Answer")
-        pictures = [picture(data, files[0], path) for path in _PICTURE_PATH.findall(prompt)]
+        pictures = [find(path) for path in _PICTURE_PATH.findall(prompt)]
         choices = _OPTION.split(match[2])
         kind = min(PARTS[part])
         question = Question(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qwenvl_jax.evaluation.task import PICTURE, Decoding, Reading, Sample, Task
 from qwenvl_jax.evaluation.tasks import tsv
-from qwenvl_jax.evaluation.tasks.files import Row, Source, as_row, choose, json_file, json_lines, no_examples, picture
+from qwenvl_jax.evaluation.tasks.files import Pictures, Row, Source, as_row, choose, json_file, json_lines, no_examples
 from qwenvl_jax.evaluation.tasks.prompts import vqa, yes_or_no
 
 Found = tuple[Row, Sequence[Path | bytes]]
@@ -83,6 +83,7 @@ def hallusionbench(reading: Reading, row: Row, pictures: Sequence[Path | bytes])
 
 def hallusionbench_official(data: Path, files: Sequence[Path]) -> Iterator[Found]:
     """HallusionBench.json in the names of the table: a list with `gt_answer` "0" or "1" and, mostly, `filename`."""
+    find = Pictures(files[0].parent / "hallusion_bench", files[0].parent)
     for row in as_row(str(files[0]), {"list": json_file(files[0])}).rows("list"):
         names = ("category", "subcategory", "set_id", "figure_id", "question_id")
         parts = [row.name(name) for name in names]
@@ -96,10 +97,8 @@ def hallusionbench_official(data: Path, files: Sequence[Path]) -> Iterator[Found
             "question": row.text("question"),
             "answer": ("No", "Yes")[int(answer)],
         }
-        name = row.fields.get("filename")
-        folder = files[0].parent
-        images = [folder / "hallusion_bench" / name.removeprefix("./"), folder / name] if name else []
-        yield Row(row.where, fields), [next((path for path in images if path.exists()), images[0])] if name else []
+        name = row.text("filename", "")
+        yield Row(row.where, fields), [find(name)] if name else []
 
 
 def pope(reading: Reading, row: Row, pictures: Sequence[Path | bytes]) -> Sample:
@@ -119,6 +118,7 @@ POPE_PARTS = ("random", "popular", "adversarial")
 
 def pope_official(data: Path, files: Sequence[Path]) -> Iterator[Found]:
     """coco_pope_PART.json: lines with `question_id`, `image`, `text` and `label`."""
+    find = Pictures(data / "coco" / "val2014", data, files[0].parent)
     for path, part in zip(files, POPE_PARTS, strict=True):
         for row in json_lines(path):
             fields = {
@@ -127,8 +127,7 @@ def pope_official(data: Path, files: Sequence[Path]) -> Iterator[Found]:
                 "answer": row.text("label"),
                 "category": part,
             }
-            coco = data / "coco" / "val2014" / row.text("image")
-            yield Row(row.where, fields), [coco if coco.exists() else picture(data, path, row.text("image"))]
+            yield Row(row.where, fields), [find(row.text("image"))]
 
 
 def _yes_no(row: Row) -> str:

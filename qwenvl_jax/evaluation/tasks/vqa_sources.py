@@ -5,12 +5,12 @@ which stands in the annotation file only, so those splits have two files in the 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from qwenvl_jax.config import UserError
-from qwenvl_jax.evaluation.tasks.files import Row, Source, as_row, json_file, json_lines, picture
+from qwenvl_jax.evaluation.tasks.files import Pictures, Row, Source, as_row, json_file, json_lines
 
 Id = int | str
 
@@ -34,11 +34,10 @@ def _id(row: Row, field: str) -> Id:
 def lines(data: Path, files: Sequence[Path], answers: bool = True, half: str = "") -> Iterator[Question]:
     """The original's jsonl. answers: whether they must be there. half: of ChartQA."""
     groups = {"split": half} if half else {}
+    find = Pictures(data, files[0].parent)
     for row in json_lines(files[0]):
         known = tuple(row.texts("answer")) if answers else None
-        yield Question(
-            _id(row, "question_id"), row.text("question"), picture(data, files[0], row.text("image")), known, groups
-        )
+        yield Question(_id(row, "question_id"), row.text("question"), find(row.text("image")), known, groups)
 
 
 def judged_lines(data: Path, files: Sequence[Path]) -> Iterator[Question]:
@@ -90,9 +89,13 @@ def vizwiz_official(data: Path, files: Sequence[Path], folder: str, answers: boo
 
 
 def document_official(
-    data: Path, files: Sequence[Path], image: Callable[[Path, Row], Path], answers: bool = True
+    data: Path, files: Sequence[Path], image: str, folders: Sequence[str], answers: bool = True
 ) -> Iterator[Question]:
-    """DocVQA and InfographicsVQA. Types are lists there; a question of several types has their names joined."""
+    """DocVQA and InfographicsVQA: `image` is the field that names the picture, `folders` are where it may lie.
+
+    Types are lists there; a question of several types has their names joined.
+    """
+    find = Pictures(*(files[0].parent / folder for folder in folders))
     for row in as_row(str(files[0]), json_file(files[0])).rows("data"):
         groups = {
             name: ", ".join(sorted(row.texts(field)))
@@ -100,7 +103,7 @@ def document_official(
             if row.fields.get(field)
         }
         known = tuple(row.texts("answers")) if answers else None
-        yield Question(_id(row, "questionId"), row.text("question"), image(files[0], row), known, groups)
+        yield Question(_id(row, "questionId"), row.text("question"), find(row.text(image)), known, groups)
 
 
 DOCUMENT_GROUPS = {
@@ -109,19 +112,6 @@ DOCUMENT_GROUPS = {
     "evidence": "evidence",
     "operation": "operation/reasoning",
 }
-
-
-def _docvqa_image(file: Path, row: Row) -> Path:
-    """ "documents/xnbl0037_1.png", in the folder of the file or, in the original's layout, of its split."""
-    name, split = row.text("image"), row.text("data_split", "val")
-    candidates = [file.parent / name, file.parent / split / name]
-    return next((path for path in candidates if path.exists()), candidates[0])
-
-
-def _infographic_image(file: Path, row: Row) -> Path:
-    name = row.text("image_local_name")
-    candidates = [file.parent / "infographicsvqa_images" / name, file.parent / "images" / name, file.parent / name]
-    return next((path for path in candidates if path.exists()), candidates[0])
 
 
 def chartqa_official(data: Path, files: Sequence[Path], half: str) -> Iterator[Question]:
@@ -178,8 +168,8 @@ def _chart(half: str, split: str) -> tuple[Source, ...]:
     )
 
 
-_docvqa = partial(document_official, image=_docvqa_image)
-_infographics = partial(document_official, image=_infographic_image)
+_docvqa = partial(document_official, image="image", folders=(".", "val", "test", "train"))
+_infographics = partial(document_official, image="image_local_name", folders=("infographicsvqa_images", "images", "."))
 _INFOGRAPHICS = "infographicsvqa/infographicsVQA_{}_v1.0{}.json"
 
 SOURCES: dict[str, tuple[Source, ...]] = {

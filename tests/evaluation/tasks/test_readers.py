@@ -4,8 +4,10 @@ import collections
 import io
 import itertools
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,10 +104,6 @@ def test_hidden_answers_are_not_there(drawn):
         assert all("answers" not in sample.reference for sample in samples(name, drawn))
     assert all("answer" not in sample.reference for sample in samples("mmbench_test_20230712", drawn))
     assert all("answer" in sample.reference for sample in samples("mmbench_dev_20230712", drawn))
-
-
-def asked(sample) -> str:
-    return sample.question
 
 
 @pytest.mark.parametrize(
@@ -252,6 +250,14 @@ def test_names_of_tasks():
     with pytest.raises(UserError, match="there are flickr, nocaps, coco"):
         task("xxxxxxxx", "caption")
     assert all(name == found.name for name, found in TASKS.items())
+
+
+def test_the_page_has_every_dataset():
+    page = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    for name, found in TASKS.items():
+        shown = re.sub("_(dev|test)_(en|cn)_", "_{dev,test}_{en,cn}_", name)
+        assert f"`{shown}`" in page, name
+        assert f"`eval/{found.family}.py`" in page
 
 
 def test_readers_need_no_jax():
