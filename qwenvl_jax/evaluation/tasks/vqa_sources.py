@@ -51,10 +51,21 @@ def _annotations(path: Path) -> dict[str, tuple[tuple[str, ...], dict[str, str]]
     """Of a VQA annotation file: answers and groups by question id."""
     found = {}
     for row in as_row(str(path), json_file(path)).rows("annotations"):
-        answers = tuple(answer.text("answer") for answer in row.rows("answers"))
+        answers = _people(row)
         groups = {name: row.text(name) for name in ("question_type", "answer_type") if row.fields.get(name)}
         found[row.name("question_id")] = (answers, groups)
     return found
+
+
+def _people(row: Row) -> tuple[str, ...]:
+    """What each person answered: a list of objects with `answer`. There are millions, so the fast way comes first."""
+    try:
+        found = tuple(answer["answer"] for answer in row.fields["answers"])
+        if all(type(answer) is str for answer in found):
+            return found
+    except (KeyError, TypeError):
+        pass
+    return tuple(answer.text("answer") for answer in row.rows("answers"))
 
 
 def _judged(question: Question, annotations: Mapping, path: Path) -> Question:
@@ -83,7 +94,7 @@ def vizwiz_official(data: Path, files: Sequence[Path], folder: str, answers: boo
     """A list with `image`, `question` and `answers`; a question's id is its picture."""
     for row in as_row(str(files[0]), {"list": json_file(files[0])}).rows("list"):
         image = data / "vizwiz" / folder / row.text("image")
-        known = tuple(answer.text("answer") for answer in row.rows("answers")) if answers else None
+        known = _people(row) if answers else None
         groups = {"answer_type": row.text("answer_type")} if row.fields.get("answer_type") else {}
         yield Question(row.text("image"), row.text("question"), image, known, groups)
 
