@@ -43,16 +43,20 @@ def read_tsv(path: Path) -> Iterator[tuple[Row, tuple[bytes, ...]]]:
 
 def _rows(path: Path) -> Iterator[Row]:
     csv.field_size_limit(_MOST)
+    line = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter="\t")
             for fields in reader:
-                where = f"{path}, line {reader.line_num}"
+                line = reader.line_num
+                where = f"{path}, line {line}"
                 if None in fields or None in fields.values():
                     raise UserError(f"{where}: does not have the {len(reader.fieldnames or ())} columns of the header")
                 yield Row(where, {name: value for name, value in fields.items() if value not in NOTHING})
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}, after line {line}: cannot be read ({error})") from None
 
 
 def _is_reference(image: str | None) -> bool:

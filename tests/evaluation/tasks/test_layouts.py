@@ -157,6 +157,7 @@ COLUMNS = "index\tquestion\tA\tB\tanswer\timage\n"
         (MME, "a.jpg\tWhat?\t3\n", "count.txt, line 1: field 'answer' holds '3'"),
         (MMSTAR, f"{COLUMNS}1\tWhat?\ta\n", "MMStar.tsv, line 2: does not have the 6 columns"),
         (MMSTAR, f"{COLUMNS}1\tWhat?\ta\tb\tA\tabc=\n", "line 2: field 'image' refers to the row with index 'abc='"),
+        (MMSTAR, f'{COLUMNS}1\tWhat?\ta\tb\tA\t\n2\t"', "MMStar.tsv, line 3: does not have the 6 columns"),
         (OCRBENCH, "index\tquestion\tanswer\tcategory\n1\tWhat?\tyes\tx\n", "not a list as Python writes it"),
         (HALLUSION, "index\tquestion\tanswer\n1\tWhat?\tYes\n", "does not end in SET_FIGURE_QUESTION"),
         (MMMU, "PAR1", "cannot be read"),
