@@ -85,7 +85,7 @@ class Task:
 
     name: as `--dataset` has it. files: what `read` expects under the data folder, for errors and docs. read: the
     samples, in the order of the file; raises UserError that names what is missing or malformed. metric: a name in
-    `metrics.registry`. decoding: by style, where it is not the same.
+    `metrics.registry`, "" where the answers are kept by a server. decoding: by style, where it is not the same.
     """
 
     name: str
