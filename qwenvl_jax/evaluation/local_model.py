@@ -11,7 +11,7 @@ import numpy as np
 
 from qwenvl_jax.config import UserError
 from qwenvl_jax.evaluation.runner import Answer, Lost
-from qwenvl_jax.evaluation.task import PICTURE, Decoding, Sample, Style
+from qwenvl_jax.evaluation.task import PICTURE, Decoding, Sample
 from qwenvl_jax.inference.decode import SHORTEST_BUCKET, bucket
 from qwenvl_jax.inference.engine import Engine, EngineOptions
 from qwenvl_jax.inference.requests import Request, Update
@@ -25,14 +25,17 @@ STALLED = 600.0  # seconds without an answer after which an engine is given up
 
 
 class LocalModel:
-    """Use it as a context. vlm: nobody else may use it meanwhile. rows: samples answered at once."""
+    """Use it as a context. vlm: nobody else may use it meanwhile. chats: samples are messages and no raw prompts.
 
-    def __init__(self, vlm: VLM, style: Style, decoding: Decoding, rows: int = 32):
-        self.vlm, self.style, self.decoding, self.rows = vlm, style, decoding, rows
+    rows: samples answered at once. Raises UserError for a base model that is to chat.
+    """
+
+    def __init__(self, vlm: VLM, chats: bool, decoding: Decoding, rows: int = 32):
+        self.vlm, self.chats, self.decoding, self.rows = vlm, chats, decoding, rows
         self.at_once = rows + FEEDERS
         self._engine: Engine | None = None
         self._lock = threading.Lock()
-        if style == "chat" and not vlm.is_chat:
+        if chats and not vlm.is_chat:
             raise UserError("this is a base model, which does not chat: --style qwenvl has the prompts for it")
 
     def prepare(self, samples: Sequence[Sample], say: Callable[[int, int], None]) -> None:
@@ -80,7 +83,7 @@ class LocalModel:
 
     def _request(self, sample: Sample) -> Request:
         options = self.vlm.defaults.replace({"temperature": 0.0, "repetition_penalty": 1.0} | options_of(self.decoding))
-        if self.style == "chat":
+        if self.chats:
             prompt, stop_ids = self.vlm.processor.chat(messages(sample)), self.vlm.chat_stop_ids
         else:
             prompt, stop_ids = self.vlm.processor.raw(sample.prompt, sample.pictures), self.vlm.raw_stop_ids

@@ -86,6 +86,7 @@ class Task:
     name: as `--dataset` has it. files: what `read` expects under the data folder, for errors and docs. read: the
     samples, in the order of the file; raises UserError that names what is missing or malformed. metric: a name in
     `metrics.registry`, "" where the answers are kept by a server. decoding: by style, where it is not the same.
+    chats: its prompts are messages to a model that chats, in either style.
     """
 
     name: str
@@ -95,3 +96,4 @@ class Task:
     metric: str
     decoding: Decoding = dataclasses.field(default_factory=Decoding)
     chat_decoding: Decoding | None = None
+    chats: bool = False

@@ -82,4 +82,8 @@ def read(data: Path, reading: Reading) -> Iterator[Sample]:
 
 
 # The original samples with top_p 0.01, which is greedy but for ties.
-TASKS = [Task("mme", "mme", ("mme/Your_Results", "mme/images"), partial(read), "mme", Decoding(max_new_tokens=64))]
+TASKS = [
+    Task(
+        "mme", "mme", ("mme/Your_Results", "mme/images"), partial(read), "mme", Decoding(max_new_tokens=64), chats=True
+    )
+]

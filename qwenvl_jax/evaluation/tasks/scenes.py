@@ -56,4 +56,4 @@ def as_sample(item: Item, picture: bytes) -> Sample:
     )
 
 
-TASKS = [Task("scenes", "scenes", (), read, "scenes", Decoding(max_new_tokens=64))]
+TASKS = [Task("scenes", "scenes", (), read, "scenes", Decoding(max_new_tokens=64), chats=True)]

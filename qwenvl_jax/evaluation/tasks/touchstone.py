@@ -40,6 +40,6 @@ def read(data: Path, reading: Reading, name: str) -> Iterator[Sample]:
 
 
 TASKS = [
-    Task(name, "touchstone", SOURCES[name][0].files, partial(read, name=name), "touchstone", Decoding(512))
+    Task(name, "touchstone", SOURCES[name][0].files, partial(read, name=name), "touchstone", Decoding(512), chats=True)
     for name in SOURCES
 ]
