@@ -118,7 +118,7 @@ def _reference(prediction: Prediction) -> tuple[list[float], float, float]:
         return [x1, y1, x2, y2], float(width), float(height)
     except (TypeError, ValueError):
         raise UserError(
-            f"prediction {prediction.id!r}: 'box' of its reference must be four numbers, 'width' and 'height' one each, "
+            f"prediction {prediction.id!r}: 'box' of its reference must be four numbers, 'width' and 'height' one, "
             f"not {box!r}, {width!r}, {height!r}"
         ) from None
 

@@ -29,11 +29,11 @@ def run(jar: tuple[str, str], arguments: Sequence[str], lines: Sequence[str]) ->
         package = importlib.util.find_spec(f"pycocoevalcap.{jar[0]}")
     except ModuleNotFoundError:
         package = None
-    if package is None or package.origin is None:
+    if package is None or not package.submodule_search_locations:
         raise UserError(
             "captions are tokenised by pycocoevalcap: pip install 'qwenvl-jax[eval]', or score with vlmevalkit"
         )
-    file = Path(package.origin).with_name(jar[1])
+    file = Path(package.submodule_search_locations[0], jar[1])
     done = subprocess.run(
         # Text is UTF-8 wherever the program runs; left alone it asks the locale.
         [java, "-Dfile.encoding=UTF-8", *(str(file) if argument == "JAR" else argument for argument in arguments)],

@@ -5,7 +5,7 @@ reference: {"question_type": "multiple-choice" or "open", "answer": letter, or [
 Usual groups: subject, discipline. The number is that of all questions, not the mean of subjects.
 
 official: `parse_choice` and `parse_open`. Where no choice is found the official code draws one, and so do we: with its
-seed and in the order of the predictions, so that scores are the same each time, and the official ones when the order is.
+seed and in the order of the predictions, so scores are the same each time, and the official ones when the order is.
 vlmevalkit: letters as in `choices.choice_of`, never drawn; an open question is one with the choices "its answer" and
 "Other Answers". Not here: lmms-eval's variant, which keeps for open questions whichever candidate a set gives first.
 """

@@ -1,9 +1,9 @@
 """Scenes that this project draws: whether a reply is right, as `evaluation/scenes.py` says for each kind of question.
 
 reference: the fields of the question (`dataclasses.asdict` of a `data.questions.Question`) and, for boxes, either
-"boxes": [[x1, y1, x2, y2] in pixels, ...] as the reply has them, or "width" and "height" of the picture, where the reply
-has its first box as "(x1,y1),(x2,y2)" in thousandths. Reads the reply. Groups kind, language and held_out are there
-without being given.
+"boxes": [[x1, y1, x2, y2] in pixels, ...] as the reply has them, or "width" and "height" of the picture, where the
+reply has its first box as "(x1,y1),(x2,y2)" in thousandths. Reads the reply. Groups kind, language and held_out are
+there without being given.
 """
 
 import dataclasses
