@@ -7,7 +7,7 @@ import pytest
 
 
 @pytest.fixture
-def java() -> None:
+def with_java() -> None:
     """Skips where the programs that tokenise captions cannot run."""
     if shutil.which("java") is None:
         pytest.skip("there is no java")

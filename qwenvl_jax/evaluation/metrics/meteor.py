@@ -18,19 +18,21 @@ COLUMNS = (
     "meteor_matches", "meteor_reference_matches", "meteor_length", "meteor_reference_length", "meteor_chunks",
     "meteor_words",
 )  # fmt: skip
-_MOST_MEMORY = "-Xmx2G"  # the table of paraphrases
 
 
 def columns(references: Sequence[Sequence[str]], captions: Sequence[str]) -> dict[str, np.ndarray]:
     """What METEOR adds up, of tokenised captions each against its best reference."""
-    if not captions:
-        return {name: np.zeros(0) for name in COLUMNS}
     lines = [
         " ||| ".join(("SCORE", *group, caption.replace("|||", "").replace("  ", " ")))
         for group, caption in zip(references, captions, strict=True)
     ]
-    answers = run(METEOR, (_MOST_MEMORY, "-jar", "JAR", "-", "-", "-stdio", "-l", "en", "-norm"), lines)
-    table = np.array([[float(value) for value in line.split()] for line in answers[: len(lines)]])
+    arguments = ("-Xmx2G", "-jar", "JAR", "-", "-", "-stdio", "-l", "en", "-norm")  # the table of paraphrases is large
+    return counts(run(METEOR, arguments, lines)[: len(lines)] if lines else [])
+
+
+def counts(lines: Sequence[str]) -> dict[str, np.ndarray]:
+    """What METEOR adds up, of the program's lines of 23 numbers, one for each caption."""
+    table = np.array([[float(value) for value in line.split()] for line in lines]).reshape(-1, 23)
     lengths, functions, stages = table[:, 0:2], table[:, 2:4], table[:, 4:20].reshape(-1, 4, 4)
     content, function = stages[:, :, 0:2], stages[:, :, 2:4]  # each of the caption and of the reference
     matches = np.einsum("m,nmk->nk", MATCHES, DELTA * content + (1 - DELTA) * function)
