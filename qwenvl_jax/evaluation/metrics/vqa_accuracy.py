@@ -38,6 +38,7 @@ PERIOD_OF_NO_NUMBER = re.compile(r"(?<!\d)\.(?!\d)")
 MOST_PERIODS = 32
 
 
+@functools.lru_cache(maxsize=2**16)  # the same few answers come again and again
 def without_punctuation(answer: str, period: re.Pattern[str] = PERIOD, comma: re.Pattern[str] = COMMA_IN_NUMBER) -> str:
     """Marks go beside a blank, or where a number has a comma; others become a blank. Then full stops go."""
     large_number = comma.search(answer) is not None
@@ -59,6 +60,7 @@ def one_line(answer: str) -> str:
     return answer.replace("\n", " ").replace("\t", " ").strip()
 
 
+@functools.lru_cache(maxsize=2**16)
 def normalised(answer: str, period: re.Pattern[str] = PERIOD, comma: re.Pattern[str] = COMMA_IN_NUMBER) -> str:
     """All steps of the official evaluation."""
     return without_articles(without_punctuation(one_line(answer), period, comma))

@@ -7,7 +7,7 @@ import pytest
 
 from qwenvl_jax.config import UserError
 from qwenvl_jax.data.questions import Question
-from qwenvl_jax.evaluation.metrics import choices, mathvista, mmbench, mmmu, touchstone, yes_no
+from qwenvl_jax.evaluation.metrics import choices, mathvista, mmbench, mmmu, scenes, touchstone, yes_no
 from qwenvl_jax.evaluation.metrics.registry import metric
 from qwenvl_jax.evaluation.task import Prediction
 
@@ -37,7 +37,10 @@ def scores(name: str, predictions: list[Prediction], variant: str = "official") 
         ("", None),
         ("E", None),
         ("a dog", 3),
-        ("green " * 20, None),  # longer than twice all choices
+        ("B one two three", 1),
+        ("B one two three four", None),
+        ("green" + "!" * 29, 1),
+        ("green" + "!" * 30, None),  # longer than twice all choices
     ],
 )
 def test_the_choice_of_a_reply(reply, choice):
@@ -170,6 +173,10 @@ def test_pope():
     assert scores("pope", made) == pytest.approx(
         {"accuracy": 60, "F1": 50, "precision": 50, "recall": 50, "yes ratio": 40}
     )
+    # An evasive reply is a yes to POPE, a no to VLMEvalKit, and to lmms-eval neither.
+    made = [Prediction(text, text, {"answer": "yes"}) for text in ("Maybe", "Yes", "No")]
+    recalls = {variant: scores("pope", made, variant)["recall"] for variant in ("official", "vlmevalkit", "lmms_eval")}
+    assert recalls == pytest.approx({"official": 200 / 3, "vlmevalkit": 100 / 3, "lmms_eval": 50})
     never = [Prediction("1", "no", {"answer": "yes"})]
     assert scores("pope", never) == {"accuracy": 0, "F1": 0, "precision": 0, "recall": 0, "yes ratio": 0}
 
@@ -204,6 +211,8 @@ def test_hallusionbench():
         ("(A) is wrong, (C) is right", "C"),
         ("B.", "B"),
         ("I say A or B", "B"),
+        ("I say A or B or A", "A"),
+        ("say that it is green", "D"),  # five words are too few; drawn
         ("The colour that I can see there is green", "B"),
         ("First green, and then, in the end, clearly red", "A"),
     ],
@@ -267,6 +276,7 @@ def test_mathvista_extraction(reply, kind, extraction):
     ("extraction", "kind", "normalised"),
     [
         ("(B) green", ("multi_choice", "text"), "green"),
+        ("(b), not (C)", ("multi_choice", "text"), "green"),
         ("B", ("multi_choice", "text"), "green"),
         ("gren", ("multi_choice", "text"), "green"),
         ("", ("multi_choice", "text"), None),
@@ -325,6 +335,8 @@ def test_scenes_read_boxes_in_either_form():
         Prediction("2", "there", {**reference, "boxes": [[10, 10, 20, 21]]}),
         Prediction("3", "<box>(100,100),(200,200)</box>", reference),
     ]
+    assert scenes.boxes_of(made[0]) == [[10, 10, 20, 20]]
+    assert scenes.boxes_of(made[1]) == [[10, 10, 20, 21]]
     units = metric("scenes").units(made)
     assert units.columns["right"].tolist() == [1, 1, 0]
     assert units.groups == {"kind": ["ground"] * 3, "language": ["zh"] * 3, "held_out": ["pair"] * 3}
