@@ -16,6 +16,7 @@ PUNCTUATION = {
 }  # fmt: skip
 TOKENIZER = ("tokenizer", "stanford-corenlp-3.4.1.jar")
 METEOR = ("meteor", "meteor-1.5.jar")
+UTF8 = ("-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8")  # left alone, programs ask the locale
 # How a caption may break into lines, each of which the tokenizer would take for a caption.
 _TO_BLANKS = str.maketrans(dict.fromkeys("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029", " "))
 
@@ -35,8 +36,7 @@ def run(jar: tuple[str, str], arguments: Sequence[str], lines: Sequence[str]) ->
         )
     file = Path(package.submodule_search_locations[0], jar[1])
     done = subprocess.run(
-        # Text is UTF-8 wherever the program runs; left alone it asks the locale.
-        [java, "-Dfile.encoding=UTF-8", *(str(file) if argument == "JAR" else argument for argument in arguments)],
+        [java, *UTF8, *(str(file) if argument == "JAR" else argument for argument in arguments)],
         input="".join(line + "\n" for line in lines).encode(),
         capture_output=True,
         check=False,
