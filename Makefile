@@ -78,7 +78,7 @@ $(VENV)-parity/.stamp: $(VENV)/.stamp requirements/parity.txt
 # Writes the newest versions that fit pyproject.toml and each other into requirements/.
 lock:
 	rm -rf .cache/lock && $(PYTHON) -m venv .cache/lock
-	.cache/lock/bin/python -m pip install --quiet ".[data,demo,dev]"
+	.cache/lock/bin/python -m pip install --quiet ".[data,demo,dev,eval]"
 	{ echo "# Everything that \`make\` installs on Python $(VERSION), pinned. Made by \`make lock PYTHON=...\`."; \
 	  .cache/lock/bin/python -m pip freeze --exclude qwenvl-jax; } > requirements/py$(VERSION).txt
 

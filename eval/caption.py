@@ -1,4 +1,4 @@
-"""Captions: Flickr30K, NoCaps, COCO; see qwenvl_jax/evaluation/command.py and docs/evaluation.md."""
+"""Captions: Flickr30K, NoCaps, COCO; docs/evaluation.md has each."""
 
 from qwenvl_jax.evaluation.command import main
 

@@ -1,4 +1,4 @@
-"""Boxes of what is described: RefCOCO, RefCOCO+, RefCOCOg; see qwenvl_jax/evaluation/command.py and docs/evaluation.md."""
+"""Boxes of what is described: RefCOCO, RefCOCO+, RefCOCOg; docs/evaluation.md has each."""
 
 from qwenvl_jax.evaluation.command import main
 

@@ -1,4 +1,4 @@
-"""MME; see qwenvl_jax/evaluation/command.py and docs/evaluation.md."""
+"""MME; docs/evaluation.md has each."""
 
 from qwenvl_jax.evaluation.command import main
 

@@ -1,4 +1,4 @@
-"""MMMU; see qwenvl_jax/evaluation/command.py and docs/evaluation.md."""
+"""MMMU; docs/evaluation.md has each."""
 
 from qwenvl_jax.evaluation.command import main
 

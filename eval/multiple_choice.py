@@ -1,4 +1,4 @@
-"""Multiple choice: ScienceQA, AI2D, MMBench, SEED-Bench, MMStar, RealWorldQA; see qwenvl_jax/evaluation/command.py and docs/evaluation.md."""
+"""Multiple choice: ScienceQA, AI2D, MMBench, SEED-Bench, MMStar, RealWorldQA; docs/evaluation.md has each."""
 
 from qwenvl_jax.evaluation.command import main
 

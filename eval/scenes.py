@@ -1,4 +1,4 @@
-"""Scenes that this project draws; see qwenvl_jax/evaluation/command.py and docs/evaluation.md."""
+"""Scenes that this project draws; docs/evaluation.md has each."""
 
 from qwenvl_jax.evaluation.command import main
 

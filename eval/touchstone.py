@@ -1,4 +1,4 @@
-"""TouchStone, judged by another model; see qwenvl_jax/evaluation/command.py and docs/evaluation.md."""
+"""TouchStone, judged by another model; docs/evaluation.md has each."""
 
 from qwenvl_jax.evaluation.command import main
 

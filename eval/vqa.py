@@ -1,5 +1,5 @@
 """Questions with short answers: VQAv2, OK-VQA, TextVQA, VizWiz, DocVQA, InfographicVQA, ChartQA, GQA, OCR-VQA, AI2D,
-OCRBench, MathVista; see qwenvl_jax/evaluation/command.py and docs/evaluation.md."""
+OCRBench, MathVista; docs/evaluation.md has each."""
 
 from qwenvl_jax.evaluation.command import main
 

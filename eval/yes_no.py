@@ -1,4 +1,4 @@
-"""Yes or no: POPE, HallusionBench; see qwenvl_jax/evaluation/command.py and docs/evaluation.md."""
+"""Yes or no: POPE, HallusionBench; docs/evaluation.md has each."""
 
 from qwenvl_jax.evaluation.command import main
 

@@ -106,6 +106,7 @@ def test_the_pins_are_complete_and_fit_the_declared_bounds(lock):
         *PROJECT["optional-dependencies"]["data"],
         *PROJECT["optional-dependencies"]["demo"],
         *PROJECT["optional-dependencies"]["dev"],
+        *PROJECT["optional-dependencies"]["eval"],
     ]
     for requirement in map(Requirement, wanted):
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
