@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -184,7 +185,7 @@ class Pictures:
         file = self._folder / hashlib.sha256(picture).hexdigest()[:24]
         if not file.exists():
             self._folder.mkdir(parents=True, exist_ok=True)
-            part = file.with_name(f"{file.name}.{os.getpid()}-{id(picture)}")
+            part = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}")
             part.write_bytes(picture)
             part.replace(file)
         return f"{self._folder.name}/{file.name}"
