@@ -87,7 +87,7 @@ class VLM:
 
     def chat(self, messages: Messages, **options: Any) -> Reply:
         """The model's reply to a conversation that ends with a user message."""
-        return self._replies([self._chat_prompt(messages)], self._options(options), self.chat_stop_ids, strip=True)[0]
+        return self.replies([self._chat_prompt(messages)], self._options(options), self.chat_stop_ids, strip=True)[0]
 
     def stream(self, messages: Messages, **options: Any) -> Iterator[str]:
         """The text of the same reply in pieces, as they come."""
@@ -106,7 +106,7 @@ class VLM:
                     prompts.append(self._chat_prompt(messages))
                 except UserError as error:
                     raise UserError(f"conversation {number}: {error}") from None
-            replies += self._replies(prompts, chosen, self.chat_stop_ids, strip=True)
+            replies += self.replies(prompts, chosen, self.chat_stop_ids, strip=True)
         return replies
 
     def generate(self, prompt: str, images: Sequence[ImageSource] = (), **options: Any) -> Reply:
@@ -115,7 +115,7 @@ class VLM:
         Each `<img></img>` in it takes the next of `images`; without them the pictures come first.
         """
         read = self.processor.raw(prompt, images)
-        return self._replies([read], self._options(options), self.raw_stop_ids, strip=False)[0]
+        return self.replies([read], self._options(options), self.raw_stop_ids, strip=False)[0]
 
     def score(
         self, prompt: str, choices: Sequence[str], images: Sequence[ImageSource] = (), *, per_token: bool = False
@@ -201,12 +201,12 @@ class VLM:
         ]
         return Generation(self.generator, prompts, [options] * len(prompts), stop_ids), streams
 
-    def _replies(
+    def replies(
         self, prompts: Sequence[Prompt], options: SamplingOptions, stop_ids: list[int], *, strip: bool
     ) -> list[Reply]:
-        """Replies in the order of the prompts; prompts of like length are generated together."""
+        """Replies in the order of the prompts; those of like length are generated together, best with one picture."""
         replies: dict[int, Reply] = {}
-        for rows in _groups([len(prompt.input_ids) for prompt in prompts]):
+        for rows in _groups(prompts):
             generation, streams = self._start([prompts[row] for row in rows], options, stop_ids, strip=strip)
             texts = ["".join(parts) for parts in zip(*pieces(generation, streams), strict=True)]
             for place, row in enumerate(rows):
@@ -327,10 +327,15 @@ def _rows_of_batch(length: int) -> int:
     return max(1, min(MOST_ROWS, MOST_TOKENS // length_bucket(length)))
 
 
-def _groups(lengths: Sequence[int]) -> list[list[int]]:
-    """Numbers of prompts that make a batch: prompts of one bucket, as many as fit."""
+def _groups(prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Numbers of prompts that make a batch: prompts of one bucket, those about the same pictures one after another."""
     groups: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+    lengths = [len(prompt.input_ids) for prompt in prompts]
+    first: dict[tuple[bytes, ...], int] = {}
+    for row, prompt in enumerate(prompts):
+        first.setdefault(prompt.picture_keys, row)
+    order = [(length_bucket(lengths[row]), first[prompt.picture_keys], row) for row, prompt in enumerate(prompts)]
+    for *_, row in sorted(order):
         last = groups[-1] if groups else []
         same_bucket = last and length_bucket(lengths[last[0]]) == length_bucket(lengths[row])
         if same_bucket and len(last) < _rows_of_batch(lengths[row]):

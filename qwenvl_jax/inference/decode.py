@@ -20,6 +20,7 @@ from qwenvl_jax.inference import steps
 from qwenvl_jax.inference.layout import Layout
 from qwenvl_jax.inference.programs import Counter, Program
 from qwenvl_jax.inference.sampling import Controls, SamplingOptions, controls
+from qwenvl_jax.inference.sharing import Shared, bucket, shared_beginnings
 from qwenvl_jax.inference.steps import Fixed, Grown, Past, State
 from qwenvl_jax.models.qwen_vl import QwenVL, frequencies, unstack
 from qwenvl_jax.nn.adapter_bank import banked_linears
@@ -27,14 +28,6 @@ from qwenvl_jax.processing.template import Prompt
 
 SHORTEST_BUCKET = 64
 MOST_PICTURES = 8  # encoded at once
-
-
-def bucket(number: int, least: int = 1) -> int:
-    """The smallest power of two times `least` that is not less than `number`."""
-    size = least
-    while size < number:
-        size *= 2
-    return size
 
 
 def length_bucket(length: int) -> int:
@@ -71,12 +64,14 @@ class Generator:
         self.programs = Counter(self.layout)
         self._encode = self.program(steps.encode, Layout.everywhere)
         self._prefill = self.program(steps.prefill, Layout.batch)
+        self._branch = self.program(steps.branch, Layout.batch, static_argnames="room")
         self.decode_steps = self.program(steps.decode, Layout.batch, donate_argnames="state")
         self._logits = self.program(steps.all_logits, Layout.everywhere)
         self._score = self.program(steps.score, Layout.everywhere)
         # A past that stays as long as it was is filled in place.
         self._flush = Program(steps.flush, self.programs, Layout.batch, donate_argnames="past", static_argnames="slots")
         self._grow = Program(steps.flush, self.programs, Layout.batch, static_argnames="slots")
+        self._some_rows = Program(steps.some_rows, self.programs, Layout.batch)
 
     def load(self, model: QwenVL) -> None:
         """Goes on with the weights of another model of the same shapes and types, by the programs compiled so far."""
@@ -134,14 +129,19 @@ class Generator:
             )
         rows, length = bucket(len(prompts)), length or length_bucket(max(lengths))
         ids, slots = np.zeros((rows, length), np.int32), np.full((rows, length), -1, np.int32)
-        queries, pictures = self.config.visual.n_queries, 0
+        queries = self.config.visual.n_queries
+        pictures: dict[bytes, np.ndarray] = {}  # each is encoded once
+        places: dict[bytes, int] = {}
         for row, prompt in enumerate(prompts):
-            ids[row, : lengths[row]] = prompt.input_ids
-            at_picture = prompt.image_slots >= 0
-            slots[row, : lengths[row]] = np.where(at_picture, prompt.image_slots + pictures * queries, -1)
-            pictures += len(prompt.pixels) if features is None else 0
+            own = prompt.image_slots
+            if features is None and len(prompt.pixels):
+                pictures |= dict(zip(prompt.picture_keys, prompt.pixels, strict=True))
+                places |= {key: place for place, key in enumerate(pictures)}
+                numbers = np.array([places[key] for key in prompt.picture_keys], np.int32)
+                own = np.where(own < 0, -1, numbers[own // queries] * queries + own % queries)
+            ids[row, : lengths[row]], slots[row, : lengths[row]] = prompt.input_ids, own
         if pictures:
-            features = self.encode_images(np.concatenate([prompt.pixels for prompt in prompts]))
+            features = self.encode_images(np.stack(list(pictures.values())))
         elif features is None:
             # A text is a batch whose one picture is nowhere, so that it needs no program of its own.
             features = jnp.zeros((1, queries, self.config.hidden_size), self.leaves[0].dtype)
@@ -160,15 +160,52 @@ class Generator:
 
         Rows past the number of rows in `controls` count as finished. shift int [B] and rotary float32 [B, R / 2] set
         the first position and the frequencies of each row, which otherwise come from its own length. adapter int32 [B]:
-        the adapter of each row and its reply, 0 for none; None where no row has one.
+        the adapter of each row and its reply, 0 for none; None where no row has one. Prompts that begin alike are read
+        in two calls, one for what they begin with.
         """
         rows = len(batch.lengths)
+        if shift is None and rotary is None and adapter is None:
+            shared = self._shared(batch, len(controls.temperature))
+            if shared is not None:
+                return self._prefill_shared(batch, controls, shared)
         shift = np.zeros(rows, np.int32) if shift is None else _rows(shift, rows).astype(np.int32)
         rotary = frequencies(self.config, batch.lengths) if rotary is None else _rows(rotary, rows)
         finished = np.arange(rows) >= len(controls.temperature)
         padded = jax.tree.map(lambda values: _rows(values, rows), controls)
         with self._lock:
             return self._prefill[batch.shape](self.leaves, *batch, padded, rotary, shift, finished, adapter)
+
+    def _shared(self, batch: Batch, rows: int) -> Shared | None:
+        """What the first `rows` rows have in common."""
+        ids, slots, lengths = batch.ids[:rows], batch.slots[:rows], batch.lengths[:rows]
+        rotary = frequencies(self.config, lengths)
+        return shared_beginnings(np.where(slots < 0, ids, -1 - slots), lengths, rotary, SHORTEST_BUCKET)
+
+    def _prefill_shared(self, batch: Batch, controls: Controls, shared: Shared) -> tuple[Past, State, Fixed, Grown]:
+        rows, room = batch.ids.shape
+        first = _rows(shared.first, bucket(len(shared.first)))
+        start, size = shared.length, length_bucket(shared.length)
+        ids, slots = np.zeros((len(first), size), np.int32), np.full((len(first), size), -1, np.int32)
+        ids[:, :start], slots[:, :start] = batch.ids[first, :start], batch.slots[first, :start]
+        lengths = np.full(len(first), start, np.int32)
+        options = jax.tree.map(lambda values: _rows(values[:1], len(first)), controls)
+        every = frequencies(self.config, batch.lengths)
+        beginnings = Batch(ids, slots, lengths, batch.features)
+        begun, _, fixed, _ = self.prefill(beginnings, options, np.zeros(len(first)), every[first])
+        part, index = slice(start, start + shared.rest), _rows(shared.which, rows)
+        rests = np.maximum(batch.lengths - start, 1)
+        finished = np.arange(rows) >= len(controls.temperature)
+        padded = jax.tree.map(lambda values: _rows(values, rows), controls)
+        with self._lock:
+            return self._branch[beginnings.shape, batch.shape, shared.rest](
+                self.leaves, begun, fixed.in_prompt, index, np.array([start], np.int32), batch.ids[:, part],
+                batch.slots[:, part], rests, batch.features, padded, every, finished, room=room,
+            )  # fmt: skip
+
+    def some_rows(self, past: Past, state: State, fixed: Fixed, index: np.ndarray) -> tuple[Past, State, Fixed]:
+        """The rows int32 [B'] of a batch."""
+        with self._lock:
+            return self._some_rows[past.shape, len(index)](past, state, fixed, index)
 
     def decode(
         self, past: Past, state: State, fixed: Fixed, used: int, end: int, stopped: np.ndarray

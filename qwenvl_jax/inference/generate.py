@@ -17,6 +17,8 @@ from qwenvl_jax.inference.text import TextStream
 from qwenvl_jax.processing.template import Prompt
 
 STEPS_BETWEEN_CHECKS = 8  # tokens between two looks for stop strings; what comes after one is lost work
+FEW = 8  # rows that stay together to the end; of more, the last quarter goes on without the others
+STEPS_OF_MANY = 4  # tokens between two looks for whether that is so
 
 
 FinishReason = Literal["stop", "length"]
@@ -47,9 +49,11 @@ class Generation:
         self._batch: Batch | None = batch  # until it is read
         self._start = shift, rotary
         self._state: State | None = None
-        self._lengths = batch.lengths.copy()  # filled slots of the past
+        self._rows = np.arange(len(prompts))  # which prompts have rows in the state; those that fill a bucket follow
+        self._left: list[tuple[np.ndarray, jax.Array]] = []  # logits of which prompts had rows when some left
+        self._lengths = batch.lengths[: len(prompts)].copy()  # filled slots of the past
         self._used = 0  # filled slots of the recent part
-        self._stopped = np.zeros(len(self._lengths), bool)  # replies that the caller has ended
+        self._stopped = np.zeros(len(batch.lengths), bool)  # rows whose replies the caller has ended
         self._done = np.zeros(len(prompts), bool)
         self.generated = np.zeros(len(prompts), np.int32)  # tokens of each reply so far, a stop token included
         self.finish_reasons: list[FinishReason] = ["length"] * len(prompts)  # final when the reply is done
@@ -63,11 +67,20 @@ class Generation:
     def logits(self) -> np.ndarray:
         """float32 [B, V]: what the newest token of each reply was chosen from; none before the first `advance`."""
         assert self._state is not None
-        return np.asarray(self._state.logits)[: len(self._done)]
+        logits = np.zeros((len(self._done), self._state.logits.shape[1]), np.float32)
+        for rows, newest in [*self._left, (self._rows, self._state.logits)]:
+            logits[rows] = np.asarray(newest)[: len(rows)]
+        return logits
+
+    @property
+    def rows(self) -> int:
+        """How many are computed together."""
+        return len(self._stopped)
 
     def stop(self, row: int) -> None:
         """Ends a reply."""
-        self._stopped[row] = self._done[row] = True
+        self._stopped[: len(self._rows)] |= self._rows == row
+        self._done[row] = True
         self.finish_reasons[row] = "stop"
 
     def advance(self, steps: int = CHUNK) -> list[list[int]]:
@@ -80,6 +93,7 @@ class Generation:
             tokens, generated, done = self._fetch(first.tokens, first.generated, first.done)
         else:
             assert self._state is not None
+            self._leave_behind()
             if self._used == CHUNK:
                 self._flush(self._state)
             steps = min(steps, CHUNK - self._used)
@@ -88,21 +102,35 @@ class Generation:
             )
             tokens, generated, done = self._fetch(grown.tokens, grown.generated, grown.done)
             # Some reply has grown at every step, or the steps would have ended.
-            self._used += int(np.max(generated - self.generated))
-        new = [row[:count].tolist() for row, count in zip(tokens, generated - self.generated, strict=True)]
-        for row, ids in enumerate(new):
-            if ids and self._controls.stops[row, ids[-1]] and done[row]:
-                ids.pop()
+            self._used += int(np.max(generated - self.generated[self._rows]))
+        new: list[list[int]] = [[] for _ in self._done]
+        counts = generated - self.generated[self._rows]
+        for row, ids, count, ended in zip(self._rows, tokens, counts, done, strict=True):
+            new[row] = ids[:count].tolist()
+            if count and self._controls.stops[row, new[row][-1]] and ended:
+                new[row].pop()
                 self.finish_reasons[row] = "stop"
-        self.generated, self._done = generated, done | self._stopped[: len(done)]
+        self.generated[self._rows] = generated
+        self._done[self._rows] |= done
         return new
 
     def _fetch(self, *arrays: jax.Array) -> list[np.ndarray]:
         """Arrays [rows, ...] on the host, without the rows that fill the bucket."""
-        return [value[: len(self._done)] for value in jax.device_get(arrays)]
+        return [value[: len(self._rows)] for value in jax.device_get(arrays)]
+
+    def _leave_behind(self) -> None:
+        """Goes on with a quarter of the rows, once that holds all replies that are not done."""
+        live, size = np.flatnonzero(~self._done[self._rows]), self.rows // 4
+        if self.rows <= FEW or not 0 < len(live) <= size:
+            return
+        assert self._state is not None
+        self._left.append((self._rows, self._state.logits))
+        index = np.pad(live, (0, size - len(live)), mode="edge").astype(np.int32)
+        self._past, self._state, self._fixed = self._generator.some_rows(self._past, self._state, self._fixed, index)
+        self._rows, self._stopped = self._rows[live], np.arange(size) >= len(live)
 
     def _flush(self, state: State) -> None:
-        longest = np.max(self._lengths[: len(self._done)][~self._done])
+        longest = np.max(self._lengths[~self._done])
         slots = max(self._past.shape[1], length_bucket(longest + CHUNK))
         self._past, self._state = self._generator.flush(self._past, state, slots)
         self._lengths = self._lengths + np.int32(CHUNK)
@@ -120,7 +148,7 @@ def pieces(generation: Generation, streams: Sequence[TextStream], interval: floa
         steps = STEPS_BETWEEN_CHECKS
     while not generation.finished:
         start = time.perf_counter()
-        new = generation.advance(steps)
+        new = generation.advance(steps if generation.rows <= FEW else min(steps, STEPS_OF_MANY))
         texts = []
         for row, (stream, ids) in enumerate(zip(streams, new, strict=True)):
             texts.append(stream.feed(ids))

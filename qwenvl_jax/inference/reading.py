@@ -133,7 +133,7 @@ class PromptReader:
             places = np.array([end - start], np.int32), np.array([start], np.int32)
             past, state, fixed, grown = self._extend[padded](
                 self._generator.leaves, ids, slots, places[0], features, reply.controls, rotary, in_prompt, places[1],
-                self._generator.chosen(reply.request.adapter), past=past,
+                np.zeros(1, bool), self._generator.chosen(reply.request.adapter), past=past,
             )  # fmt: skip
         return each(self._resize[self._room, size], [past]), state, fixed, grown
 
@@ -149,7 +149,7 @@ class PromptReader:
         in_prompt = jax.ShapeDtypeStruct(fixed.in_prompt.shape, bool)
         self._extend.compile(
             size, self._generator.leaves, ids, ids, number, features, options, rotary, in_prompt, number,
-            self._generator.chosen(0), past=past,
+            jax.ShapeDtypeStruct((1,), bool), self._generator.chosen(0), past=past,
         )  # fmt: skip
 
 

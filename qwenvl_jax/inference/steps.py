@@ -114,22 +114,34 @@ def prefill(model: QwenVL, ids, slots, lengths, features, controls: Controls, ro
 
 
 def extend(
-    model: QwenVL, ids, slots, length, features, controls: Controls, rotary, in_prompt, start, adapter, *, past: Past
+    model: QwenVL,
+    ids,
+    slots,
+    length,
+    features,
+    controls: Controls,
+    rotary,
+    in_prompt,
+    start,
+    finished,
+    adapter,
+    *,
+    past: Past,
 ) -> tuple[Past, State, Fixed, Grown]:
-    """Reads the tokens [1, T] of a prompt from `start` on, where those before are in the past; else like `prefill`.
+    """Reads the tokens [B, T] of prompts from `start` on, where those before are in the past; else like `prefill`.
 
-    length: how many of the T are tokens; start, length int32 [1]; in_prompt bool [1, V]. The past [1, N, P, H] must
-    have room for all T after `start`.
+    length int32 [B]: how many of the T are tokens; start int32 [1], the same for all; in_prompt bool [B, V]. The past
+    [B, N, P, H] must have room for all T after `start`.
     """
     model = with_chosen(model, adapter)
-    tokens = ids.shape[1]
+    rows, tokens = ids.shape
     old = jnp.broadcast_to(jnp.arange(past.shape[1]) < start, (tokens, past.shape[1]))
     mask = jnp.concatenate([old, jnp.tril(jnp.ones((tokens, tokens), bool))], axis=1)[None]
     context = model.context(mask, start[:, None] + jnp.arange(tokens), rotary, cache_slot=jnp.int32(0))
     embedded = model.embed(ids, features, slots)
     caches = [kv_cache.with_recent(k, v, tokens, embedded.dtype) for k, v in zip(*past, strict=True)]
     hidden, caches = model(embedded, context, caches)
-    logits = model.logits(hidden[jnp.arange(1), length - 1])
+    logits = model.logits(hidden[jnp.arange(rows), length - 1])
 
     def filled(old, new):
         def written(old, new):
@@ -139,8 +151,41 @@ def extend(
 
     pasts = [(filled(cache.past_k, cache.recent_k), filled(cache.past_v, cache.recent_v)) for cache in caches]
     caches = [kv_cache.with_recent(k, v, CHUNK, embedded.dtype) for k, v in pasts]
-    fixed = Fixed(controls, in_prompt, rotary, jnp.zeros(1, jnp.int32), adapter)
-    return _begun(caches, logits, fixed, jnp.zeros(1, bool), start + length)
+    fixed = Fixed(controls, in_prompt, rotary, jnp.zeros(rows, jnp.int32), adapter)
+    return _begun(caches, logits, fixed, finished, start + length)
+
+
+def branch(
+    model: QwenVL,
+    begun: Past,
+    in_prompt,
+    index,
+    start,
+    ids,
+    slots,
+    lengths,
+    features,
+    controls: Controls,
+    rotary,
+    finished,
+    room: int,
+) -> tuple[Past, State, Fixed, Grown]:
+    """`extend` for prompts that begin alike: what they begin with, `start` tokens each, has been read once.
+
+    begun: [U, N, P, H] per layer, with bool in_prompt [U, V] of its tokens; index int32 [B], which of them each row
+    begins with. room: slots of the past that comes of it.
+    """
+    past = jax.tree.map(lambda tokens: tokens[index], begun)
+    past = Past(*([kv_cache.resized(tokens, room) for tokens in side] for side in past))
+    rows = jnp.arange(len(ids))[:, None]
+    real = jnp.where(jnp.arange(ids.shape[1]) < lengths[:, None], ids, in_prompt.shape[1])
+    in_prompt = in_prompt[index].at[rows, real].set(True, mode="drop")
+    return extend(model, ids, slots, lengths, features, controls, rotary, in_prompt, start, finished, None, past=past)
+
+
+def some_rows(past: Past, state: State, fixed: Fixed, index) -> tuple[Past, State, Fixed]:
+    """The rows int32 [B'] of a batch."""
+    return jax.tree.map(lambda part: part[index], (past, state, fixed))
 
 
 def _begun(

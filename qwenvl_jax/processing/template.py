@@ -13,6 +13,7 @@ tokens are only those that this file puts there. Nothing here loads a picture.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Sequence
 
@@ -20,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from qwenvl_jax.processing.boxes import corners_text
+from qwenvl_jax.processing.images import picture_key
 from qwenvl_jax.processing.tokenizer import GROUNDING_TAGS, Tokenizer
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -41,6 +43,11 @@ class Prompt:
     image_slots: np.ndarray
     pixels: np.ndarray
     sources: list[Image.Image]
+
+    @functools.cached_property
+    def picture_keys(self) -> tuple[bytes, ...]:
+        """A digest of each picture."""
+        return tuple(map(picture_key, self.pixels))
 
 
 @dataclasses.dataclass(frozen=True)
