@@ -240,7 +240,6 @@ def ask(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, speed_estimate_period=120) as progress:
-        compiling = progress.add_task("programs", visible=False, speed="")
         asking = progress.add_task("samples", total=len(samples), completed=len(part.done), speed="")
 
         def say(counts: Counts) -> None:
@@ -249,10 +248,7 @@ def ask(
             failed = f", {counts.failed} failed" if counts.failed else ""
             progress.update(asking, completed=counts.done, speed=speed + failed)
 
-        def preparing(done: int, of: int) -> None:
-            progress.update(compiling, completed=done, total=of, visible=done < of)
-
-        return runner.predict(samples, model, part, pictures, say, preparing)
+        return runner.predict(samples, model, part, pictures, say)
 
 
 def report(path: Path, options: argparse.Namespace, console: rich.console.Console) -> None:

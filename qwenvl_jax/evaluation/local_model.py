@@ -1,100 +1,102 @@
-"""A checkpoint that answers samples: texts by an engine, which works on many at once, likelihoods by one pass each.
+"""A checkpoint that answers samples: texts of many at once, which is where the speed is, likelihoods by one pass each.
 
 Nothing here knows a dataset; `runner.py` decides what is asked, and keeps the answers.
 """
 
+import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from qwenvl_jax.config import UserError
-from qwenvl_jax.evaluation.runner import Answer, Lost
+from qwenvl_jax.evaluation.runner import Answer
 from qwenvl_jax.evaluation.task import PICTURE, Decoding, Sample
-from qwenvl_jax.inference.decode import SHORTEST_BUCKET, bucket
-from qwenvl_jax.inference.engine import Engine, EngineOptions
-from qwenvl_jax.inference.requests import Request, Update
-from qwenvl_jax.inference.text import token_bytes
+from qwenvl_jax.processing.images import Resized, resized
 from qwenvl_jax.processing.legacy import user_parts
+from qwenvl_jax.processing.processor import Processor
+from qwenvl_jax.processing.template import Prompt
 from qwenvl_jax.vlm import VLM
 
-SPARE = 64  # tokens of a template around a question
-FEEDERS = 4  # threads that read pictures, besides one for each row of the batch
-STALLED = 600.0  # seconds without an answer after which an engine is given up
+THREADS = 2  # one makes prompts and texts while the other computes; small models leave it a core, too
+PICTURES = 256  # that are kept, resized
 
 
 class LocalModel:
-    """Use it as a context. vlm: nobody else may use it meanwhile. chats: samples are messages and no raw prompts.
+    """chats: samples are messages and no raw prompts. rows: samples answered together.
 
-    rows: samples answered at once. Raises UserError for a base model that is to chat.
+    Raises UserError for a base model that is to chat.
     """
 
     def __init__(self, vlm: VLM, chats: bool, decoding: Decoding, rows: int = 32):
-        self.vlm, self.chats, self.decoding, self.rows = vlm, chats, decoding, rows
-        self.at_once = rows + FEEDERS
-        self._engine: Engine | None = None
+        self.vlm, self.chats, self.decoding = vlm, chats, decoding
+        self.together, self.at_once = rows, THREADS
         self._lock = threading.Lock()
+        size = vlm.config.visual.image_size
+
+        @functools.lru_cache(maxsize=PICTURES)
+        def load(source: Any) -> Resized:
+            return resized(vlm.processor.load(source), size)
+
+        self._processor = Processor(vlm.processor.tokenizer, vlm.config, load=load)
         if chats and not vlm.is_chat:
             raise UserError("this is a base model, which does not chat: --style qwenvl has the prompts for it")
 
-    def prepare(self, samples: Sequence[Sample], say: Callable[[int, int], None]) -> None:
-        """Compiles what the samples need. say: is told how many programs are done, of how many."""
-        if all(sample.choices for sample in samples):
-            return
-        config = self.vlm.config
-        needed = max(map(self.length, samples)) + self.decoding.max_new_tokens
-        longest = min(bucket(needed, SHORTEST_BUCKET), config.max_position_embeddings)
-        options = EngineOptions(self.rows, longest, prefixes=self.rows * longest)
-        self._engine = Engine(self.vlm.generator, token_bytes(self.vlm.processor.tokenizer), options)
-        self._engine.warm_up(say)
-        self._engine.start()
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Whatever they are, some may be asked."""
 
     def length(self, sample: Sample) -> int:
-        """About how many tokens its prompt has, and not fewer."""
+        """How many tokens its prompt has, but for those around the question."""
         text = sum(len(self.vlm.processor.tokenizer.encode_ordinary(part)) for part in sample.prompt.split(PICTURE))
-        return text + len(sample.pictures) * (self.vlm.config.visual.n_queries + 8) + SPARE
+        return text + len(sample.pictures) * self.vlm.config.visual.n_queries
 
-    def answer(self, sample: Sample) -> Answer:
-        """Raises UserError for a sample that cannot be asked, Lost where no sample can be any more."""
-        if sample.choices:
-            with self._lock:
-                scores = self.vlm.score(sample.prompt, sample.choices, sample.pictures, per_token=True)
-            if not np.all(np.isfinite(scores)):
-                raise UserError("the likelihoods are no numbers")
-            return Answer(likelihoods=tuple(round(float(score), 6) for score in scores))
-        if self._engine is None:
-            raise RuntimeError("there is no engine: prepare comes first")
-        done, texts = threading.Event(), list[str]()
-        last: list[Update] = []
+    def answers(self, samples: Sequence[Sample]) -> list[Answer | UserError]:
+        """What the model says to each, or why that cannot be asked."""
+        found: dict[int, Answer | UserError] = {}
+        prompts: dict[int, Prompt] = {}
+        for place, sample in enumerate(samples):
+            try:
+                if sample.choices:
+                    found[place] = self._ranked(sample)
+                else:
+                    prompts[place] = self._prompt(sample)
+            except UserError as error:
+                found[place] = error
+        return [answer for _, answer in sorted((found | self._written(prompts)).items(), key=lambda pair: pair[0])]
 
-        def listen(update: Update) -> None:
-            texts.append(update.text)
-            if update.finish_reason is not None:
-                last.append(update)
-                done.set()
+    def _ranked(self, sample: Sample) -> Answer:
+        with self._lock:
+            scores = self.vlm.score(sample.prompt, sample.choices, sample.pictures, per_token=True)
+        if not np.all(np.isfinite(scores)):
+            raise UserError("the likelihoods are no numbers")
+        return Answer(likelihoods=tuple(round(float(score), 6) for score in scores))
 
-        self._engine.submit(self._request(sample), listen)
-        if not done.wait(STALLED) or not self._engine.alive:
-            raise Lost("the engine has stopped answering")
-        if last[0].error is not None:
-            raise UserError(f"the engine failed: {last[0].error}")
-        return Answer("".join(texts), finish_reason=last[0].finish_reason, tokens=last[0].tokens)
-
-    def _request(self, sample: Sample) -> Request:
+    def _written(self, prompts: dict[int, Prompt]) -> dict[int, Answer]:
         options = self.vlm.defaults.replace({"temperature": 0.0, "repetition_penalty": 1.0} | options_of(self.decoding))
+        stop_ids = self.vlm.chat_stop_ids if self.chats else self.vlm.raw_stop_ids
+        replies = self.vlm.replies(list(prompts.values()), options, stop_ids, strip=True)
+        return {
+            place: Answer(reply.text, finish_reason=reply.finish_reason, tokens=reply.usage.completion_tokens)
+            for place, reply in zip(prompts, replies, strict=True)
+        }
+
+    def _prompt(self, sample: Sample) -> Prompt:
+        """Raises UserError, also for one that leaves no room for a reply."""
         if self.chats:
-            prompt, stop_ids = self.vlm.processor.chat(messages(sample)), self.vlm.chat_stop_ids
+            prompt = self._processor.chat(messages(sample))
         else:
-            prompt, stop_ids = self.vlm.processor.raw(sample.prompt, sample.pictures), self.vlm.raw_stop_ids
-        return Request(prompt, options, tuple(stop_ids), strip=True)
+            prompt = self._processor.raw(sample.prompt, sample.pictures)
+        length, most = len(prompt.input_ids), self.vlm.config.max_position_embeddings
+        if not 0 < length < most:
+            raise UserError(f"the prompt has {length} tokens; 1 to {most - 1} are possible")
+        return prompt
 
     def __enter__(self) -> "LocalModel":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._engine is not None:
-            self._engine.stop()
+        pass
 
 
 def options_of(decoding: Decoding) -> dict[str, Any]:

@@ -1,5 +1,7 @@
-"""Asks a model all samples of a dataset, many at once, and keeps each answer as soon as it is there.
+"""Asks a model all samples of a dataset, many at once, and keeps the answers as soon as they are there.
 
+Which samples share a batch depends on the dataset alone: where some of a batch were answered before, it is asked again
+as a whole, so that every answer is that of an undisturbed run to the last bit.
 A sample that cannot be asked (its picture is missing or broken, its prompt too long) gets a prediction with an error,
 and the run goes on; where the model is gone it ends, and the next one goes on from what was kept.
 """
@@ -18,8 +20,6 @@ from qwenvl_jax.config import UserError
 from qwenvl_jax.evaluation.predictions import Part, Pictures
 from qwenvl_jax.evaluation.task import Prediction, Sample
 
-Say = Callable[[int, int], None]  # how many of how many
-
 
 class Lost(Exception):
     """The model answers nothing any more; its message is for people."""
@@ -36,18 +36,19 @@ class Answer:
 
 
 class Model(Protocol):
-    """What can be evaluated. at_once: how many threads may wait for an answer."""
+    """What can be evaluated. at_once: how many threads may wait for answers; together: most samples of one call."""
 
     at_once: int
+    together: int
 
-    def prepare(self, samples: Sequence[Sample], say: Say) -> None:
-        """Gets ready for these samples."""
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Raises UserError where none of them can be asked."""
 
     def length(self, sample: Sample) -> int:
         """How long its prompt is, by any measure."""
 
-    def answer(self, sample: Sample) -> Answer:
-        """Raises UserError for a sample that cannot be asked, Lost where the model is gone."""
+    def answers(self, samples: Sequence[Sample]) -> Sequence[Answer | UserError]:
+        """What it says to each, or why that cannot be asked. Raises Lost where the model is gone."""
 
 
 @dataclasses.dataclass
@@ -67,33 +68,34 @@ def predict(
     part: Part,
     pictures: Pictures,
     say: Callable[[Counts], None] = lambda counts: None,
-    preparing: Say = lambda done, of: None,
 ) -> Counts:
     """Asks what `part` lacks. say: is told after every answer. Raises Lost, with all answers so far kept."""
-    left = [sample for sample in samples if sample.id not in part.done]
-    counts = Counts(len(samples), len(samples) - len(left))
+    done = set(part.done)
+    counts = Counts(len(samples), sum(sample.id in done for sample in samples))
     say(counts)
-    if not left:
+    if counts.done == counts.total:
         return counts
-    model.prepare(left, preparing)
+    model.check(samples)
     stopping = threading.Event()
 
-    def one(sample: Sample) -> Prediction | None:
-        return None if stopping.is_set() else predicted(sample, model, pictures)
+    def ask(batch: Sequence[Sample]) -> list[Prediction]:
+        return [] if stopping.is_set() else predicted(batch, model, pictures)
 
     # Few are waiting in the pool, so that an interrupted run ends soon.
-    queue = iter(in_order(left, model))
+    queue = (batch for batch in batches(samples, model) if any(sample.id not in done for sample in batch))
     with ThreadPoolExecutor(model.at_once) as pool:
         try:
-            running: set[Future[Prediction | None]] = set()
+            running: set[Future[list[Prediction]]] = set()
             while True:
-                while len(running) < 2 * model.at_once and (sample := next(queue, None)) is not None:
-                    running.add(pool.submit(one, sample))
+                while len(running) < 2 * model.at_once and (batch := next(queue, None)) is not None:
+                    running.add(pool.submit(ask, batch))
                 if not running:
                     return counts
                 ready, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in ready:
-                    if (prediction := future.result()) is not None:
+                    for prediction in future.result():
+                        if prediction.id in done:
+                            continue
                         part.append(prediction)
                         counts.done, counts.asked = counts.done + 1, counts.asked + 1
                         counts.failed += prediction.error is not None
@@ -103,16 +105,19 @@ def predict(
             stopping.set()
 
 
-def predicted(sample: Sample, model: Model, pictures: Pictures) -> Prediction:
-    """The prediction of one sample. Raises Lost."""
+def predicted(samples: Sequence[Sample], model: Model, pictures: Pictures) -> list[Prediction]:
+    """The predictions of samples that are asked together. Raises Lost."""
+    answers = model.answers(samples)
+    return [_prediction(sample, answer, pictures) for sample, answer in zip(samples, answers, strict=True)]
+
+
+def _prediction(sample: Sample, answer: Answer | UserError, pictures: Pictures) -> Prediction:
     names = tuple(pictures.name(picture) for picture in sample.pictures)
     prediction = Prediction(
         sample.id, "", sample.reference, sample.groups, sample.question or sample.prompt, pictures=names
     )
-    try:
-        answer = model.answer(sample)
-    except UserError as error:
-        return dataclasses.replace(prediction, error=str(error))
+    if isinstance(answer, UserError):
+        return dataclasses.replace(prediction, error=str(answer))
     if not sample.choices:
         return dataclasses.replace(
             prediction, reply=answer.text, finish_reason=answer.finish_reason, tokens=answer.tokens
@@ -123,14 +128,23 @@ def predicted(sample: Sample, model: Model, pictures: Pictures) -> Prediction:
     )
 
 
-def in_order(samples: Iterable[Sample], model: Model) -> list[Sample]:
-    """Questions about the same pictures one after another, since those are read once, and the longest of them first:
-    like lengths share a batch best, and what does not fit fails at once."""
+def batches(samples: Iterable[Sample], model: Model) -> list[list[Sample]]:
+    """Samples that are asked together: questions about the same pictures, since those are read once, and beside them
+    others of like length. The longest come first, since what does not fit fails at once."""
     groups: dict[tuple, list[tuple[int, Sample]]] = {}
     for sample in samples:
         groups.setdefault(sample.pictures, []).append((model.length(sample), sample))
     longest = sorted(groups.values(), key=lambda group: -max(length for length, _ in group))
-    return [sample for group in longest for _, sample in sorted(group, key=lambda pair: -pair[0])]
+    found: list[list[Sample]] = [[]]
+    for group in longest:
+        ordered = [sample for _, sample in sorted(group, key=lambda pair: -pair[0])]
+        if found[-1] and len(found[-1]) + len(ordered) > model.together:
+            found.append([])
+        for start in range(0, len(ordered), model.together):
+            if start:
+                found.append([])
+            found[-1] += ordered[start : start + model.together]
+    return [batch for batch in found if batch]
 
 
 def blind(sample: Sample) -> Sample:

@@ -4,7 +4,7 @@ import base64
 import io
 import mimetypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ class ServedModel:
     def __init__(
         self, base: str, decoding: Decoding, name: str | None = None, key: str | None = None, at_once: int = 32
     ):
-        self.decoding, self.at_once = decoding, at_once
+        self.decoding, self.at_once, self.together = decoding, at_once, 1
         self._client = openai_client(base, key)
         self.name = name or self._first_model()
 
@@ -39,7 +39,7 @@ class ServedModel:
         except (openai.APIError, IndexError) as error:
             raise UserError(f"{self._client.base_url}: no list of models came ({error}); is a server there?") from None
 
-    def prepare(self, samples: Sequence[Sample], say: Callable[[int, int], None]) -> None:
+    def check(self, samples: Sequence[Sample]) -> None:
         """Raises UserError for samples whose choices are to be ranked."""
         if any(sample.choices for sample in samples):
             raise UserError("a server ranks no choices: use --generate, which has the answer written")
@@ -47,7 +47,17 @@ class ServedModel:
     def length(self, sample: Sample) -> int:
         return len(sample.prompt)
 
-    def answer(self, sample: Sample) -> Answer:
+    def answers(self, samples: Sequence[Sample]) -> list[Answer | UserError]:
+        """Raises Lost where the server does not answer."""
+        found: list[Answer | UserError] = []
+        for sample in samples:
+            try:
+                found.append(self._answer(sample))
+            except UserError as error:
+                found.append(error)
+        return found
+
+    def _answer(self, sample: Sample) -> Answer:
         import openai
 
         try:

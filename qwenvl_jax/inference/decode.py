@@ -184,7 +184,7 @@ class Generator:
     def _prefill_shared(self, batch: Batch, controls: Controls, shared: Shared) -> tuple[Past, State, Fixed, Grown]:
         rows, room = batch.ids.shape
         first = _rows(shared.first, bucket(len(shared.first)))
-        start, size = shared.length, length_bucket(shared.length)
+        start, size = shared.length, shared.padded
         ids, slots = np.zeros((len(first), size), np.int32), np.full((len(first), size), -1, np.int32)
         ids[:, :start], slots[:, :start] = batch.ids[first, :start], batch.slots[first, :start]
         lengths = np.full(len(first), start, np.int32)
