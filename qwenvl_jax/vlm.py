@@ -206,7 +206,7 @@ class VLM:
     ) -> list[Reply]:
         """Replies in the order of the prompts; those of like length are generated together, best with one picture."""
         replies: dict[int, Reply] = {}
-        for rows in _groups(prompts):
+        for rows in _groups([len(prompt.input_ids) for prompt in prompts], [prompt.picture_keys for prompt in prompts]):
             generation, streams = self._start([prompts[row] for row in rows], options, stop_ids, strip=strip)
             texts = ["".join(parts) for parts in zip(*pieces(generation, streams), strict=True)]
             for place, row in enumerate(rows):
@@ -327,14 +327,14 @@ def _rows_of_batch(length: int) -> int:
     return max(1, min(MOST_ROWS, MOST_TOKENS // length_bucket(length)))
 
 
-def _groups(prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Numbers of prompts that make a batch: prompts of one bucket, those about the same pictures one after another."""
+def _groups(lengths: Sequence[int], pictures: Sequence[tuple[bytes, ...]]) -> list[list[int]]:
+    """Numbers of prompts that make a batch: prompts of one bucket, as many as fit, those with the same pictures one
+    after another."""
     groups: list[list[int]] = []
-    lengths = [len(prompt.input_ids) for prompt in prompts]
     first: dict[tuple[bytes, ...], int] = {}
-    for row, prompt in enumerate(prompts):
-        first.setdefault(prompt.picture_keys, row)
-    order = [(length_bucket(lengths[row]), first[prompt.picture_keys], row) for row, prompt in enumerate(prompts)]
+    for row, keys in enumerate(pictures):
+        first.setdefault(keys, row)
+    order = [(length_bucket(lengths[row]), first[keys], lengths[row], row) for row, keys in enumerate(pictures)]
     for *_, row in sorted(order):
         last = groups[-1] if groups else []
         same_bucket = last and length_bucket(lengths[last[0]]) == length_bucket(lengths[row])

@@ -149,10 +149,15 @@ def test_a_batch_gives_the_replies_one_by_one(vlm, options):
 
 
 def test_batches_are_made_of_prompts_of_one_bucket():
-    groups = _groups([70, 5, 64, 4000, 128, 65, 9000, 9000])
+    groups = _groups([70, 5, 64, 4000, 128, 65, 9000, 9000], [()] * 8)
     assert sorted(row for group in groups for row in group) == list(range(8))
     assert groups == [[1, 2], [5, 0, 4], [3], [6], [7]]
-    assert [len(group) for group in _groups([10] * 70)] == [32, 32, 6]
+    assert [len(group) for group in _groups([10] * 70, [()] * 70)] == [32, 32, 6]
+
+
+def test_batches_keep_questions_about_one_picture_together():
+    a, b = (b"a",), (b"b",)
+    assert _groups([70, 66, 80, 65, 10], [a, b, a, b, a]) == [[4], [0, 2, 3, 1]]
 
 
 def test_usage_counts_tokens(vlm):

@@ -13,7 +13,7 @@ import numpy as np
 from qwenvl_jax.config import UserError
 from qwenvl_jax.evaluation.runner import Answer
 from qwenvl_jax.evaluation.task import PICTURE, Decoding, Sample
-from qwenvl_jax.processing.images import Resized, resized
+from qwenvl_jax.processing.images import resized
 from qwenvl_jax.processing.legacy import user_parts
 from qwenvl_jax.processing.processor import Processor
 from qwenvl_jax.processing.template import Prompt
@@ -36,7 +36,7 @@ class LocalModel:
         size = vlm.config.visual.image_size
 
         @functools.lru_cache(maxsize=PICTURES)
-        def load(source: Any) -> Resized:
+        def load(source: Any) -> Any:  # in place of a picture that nobody draws on
             return resized(vlm.processor.load(source), size)
 
         self._processor = Processor(vlm.processor.tokenizer, vlm.config, load=load)

@@ -50,7 +50,6 @@ class Generation:
         self._start = shift, rotary
         self._state: State | None = None
         self._rows = np.arange(len(prompts))  # which prompts have rows in the state; those that fill a bucket follow
-        self._left: list[tuple[np.ndarray, jax.Array]] = []  # logits of which prompts had rows when some left
         self._lengths = batch.lengths[: len(prompts)].copy()  # filled slots of the past
         self._used = 0  # filled slots of the recent part
         self._stopped = np.zeros(len(batch.lengths), bool)  # rows whose replies the caller has ended
@@ -65,11 +64,10 @@ class Generation:
 
     @property
     def logits(self) -> np.ndarray:
-        """float32 [B, V]: what the newest token of each reply was chosen from; none before the first `advance`."""
+        """float32 [B, V]: what the newest token of each reply in progress was chosen from, after an `advance`."""
         assert self._state is not None
         logits = np.zeros((len(self._done), self._state.logits.shape[1]), np.float32)
-        for rows, newest in [*self._left, (self._rows, self._state.logits)]:
-            logits[rows] = np.asarray(newest)[: len(rows)]
+        logits[self._rows] = np.asarray(self._state.logits)[: len(self._rows)]
         return logits
 
     @property
@@ -124,7 +122,6 @@ class Generation:
         if self.rows <= FEW or not 0 < len(live) <= size:
             return
         assert self._state is not None
-        self._left.append((self._rows, self._state.logits))
         index = np.pad(live, (0, size - len(live)), mode="edge").astype(np.int32)
         self._past, self._state, self._fixed = self._generator.some_rows(self._past, self._state, self._fixed, index)
         self._rows, self._stopped = self._rows[live], np.arange(size) >= len(live)

@@ -9,7 +9,7 @@ from qwenvl_jax.config import UserError
 from qwenvl_jax.evaluation import runner
 from qwenvl_jax.evaluation.predictions import Part, Pictures, read_predictions
 from qwenvl_jax.evaluation.runner import Answer, Lost
-from qwenvl_jax.evaluation.task import PICTURE, Sample
+from qwenvl_jax.evaluation.task import PICTURE, Prediction, Sample
 
 
 class Parrot:
@@ -17,21 +17,24 @@ class Parrot:
 
     at_once = 4
 
-    def __init__(self):
-        self.prepared, self.asked, self.lock = [], [], threading.Lock()
+    def __init__(self, together=1):
+        self.together, self.asked, self.lock = together, [], threading.Lock()
 
-    def prepare(self, samples, say):
-        self.prepared = [sample.id for sample in samples]
-        say(1, 1)
+    def check(self, samples):
+        self.checked = [sample.id for sample in samples]
 
     def length(self, sample):
         return len(sample.prompt)
 
-    def answer(self, sample):
+    def answers(self, samples):
+        assert 0 < len(samples) <= self.together
         with self.lock:
-            self.asked.append(sample.id)
+            self.asked += [sample.id for sample in samples]
+        return [self.answer(sample) for sample in samples]
+
+    def answer(self, sample):
         if "broken" in sample.prompt:
-            raise UserError("no picture")
+            return UserError("no picture")
         if "gone" in sample.prompt:
             raise Lost("the server is gone")
         if sample.choices:
@@ -52,8 +55,9 @@ def run(tmp_path, samples, model):
     return counts, read_predictions(path)[1]
 
 
-def test_every_sample_is_answered_once_in_order(tmp_path):
-    samples, model = [sample(number) for number in range(50)], Parrot()
+@pytest.mark.parametrize("together", [1, 8])
+def test_every_sample_is_answered_once_in_order(tmp_path, together):
+    samples, model = [sample(number) for number in range(50)], Parrot(together)
     counts, found = run(tmp_path, samples, model)
     assert [prediction.id for prediction in found] == [each.id for each in samples]
     assert [prediction.reply for prediction in found] == [f"SAY {number}" for number in range(50)]
@@ -63,7 +67,7 @@ def test_every_sample_is_answered_once_in_order(tmp_path):
 
 def test_one_that_cannot_be_asked_is_counted_and_the_rest_goes_on(tmp_path):
     samples = [sample(number, "broken" if number == 3 else "say") for number in range(8)]
-    counts, found = run(tmp_path, samples, Parrot())
+    counts, found = run(tmp_path, samples, Parrot(together=8))
     assert counts.failed == 1
     assert found[3].error == "no picture"
     assert found[3].reply == ""
@@ -81,7 +85,19 @@ def test_what_was_answered_is_kept_when_the_model_is_lost(tmp_path):
     _, found = run(tmp_path, samples, again)
     assert len(found) == 30
     assert sorted(again.asked) == sorted({each.id for each in samples} - kept)
-    assert set(again.prepared) == set(again.asked)
+
+
+def test_a_batch_that_was_cut_off_is_asked_again_as_a_whole(tmp_path):
+    """Answers depend a little on what else is in a batch, and must not depend on where a run was killed."""
+    path, samples, model = tmp_path / "p.jsonl", [sample(number) for number in range(20)], Parrot(together=4)
+    whole = runner.batches(samples, model)
+    with Part(path, {"task": "t"}) as part:
+        for each in [*whole[0], *whole[1][:1]]:
+            part.append(Prediction(each.id, "kept", {}))
+    counts, found = run(tmp_path, samples, model)
+    assert sorted(model.asked) == sorted(each.id for batch in whole[1:] for each in batch)
+    assert (counts.total, counts.done, counts.asked) == (20, 20, 15)
+    assert sum(prediction.reply == "kept" for prediction in found) == 5
 
 
 def test_the_likeliest_choice_is_the_reply(tmp_path):
@@ -94,8 +110,13 @@ def test_questions_about_one_picture_follow_one_another():
         Sample(f"{picture}{n}", "x" * (n + 1), (Path(f"{picture}.png"),), {}) for n in range(3) for picture in "ab"
     ]
     long = Sample("long", "x" * 99, (), {})
-    order = [each.id for each in runner.in_order([*samples, long], Parrot())]
-    assert order == ["long", "a2", "a1", "a0", "b2", "b1", "b0"]
+
+    def ids(together):
+        return [[each.id for each in batch] for batch in runner.batches([*samples, long], Parrot(together))]
+
+    assert ids(4) == [["long", "a2", "a1", "a0"], ["b2", "b1", "b0"]]
+    assert ids(3) == [["long"], ["a2", "a1", "a0"], ["b2", "b1", "b0"]]
+    assert ids(2) == [["long"], ["a2", "a1"], ["a0"], ["b2", "b1"], ["b0"]]
 
 
 def test_a_blind_sample_shows_noise_of_as_many_pictures():
