@@ -71,6 +71,19 @@ def read_predictions(path: Path) -> tuple[Manifest, list[Prediction]]:
     return manifest, found
 
 
+def write_predictions(path: Path, manifest: Manifest, predictions: Iterable[Prediction]) -> None:
+    """A file of predictions, whole or not at all."""
+    _write_whole(path, manifest, map(line, predictions))
+
+
+def _write_whole(path: Path, manifest: Manifest, lines: Iterable[str]) -> None:
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    with open(new, "w", encoding="utf-8") as file:
+        file.write(json.dumps({"manifest": manifest}, ensure_ascii=False) + "\n")
+        file.writelines(lines)
+    new.replace(path)
+
+
 class Part:
     """The predictions that a process has made so far. Use it as a context; `append` from one thread at a time.
 
@@ -161,11 +174,7 @@ class Part:
                 )
 
     def _replace(self, path: Path, lines: Iterable[str]) -> None:
-        new = path.with_name(f"{path.name}.{os.getpid()}.new")
-        with open(new, "w", encoding="utf-8") as file:
-            file.write(json.dumps({"manifest": self.manifest}, ensure_ascii=False) + "\n")
-            file.writelines(lines)
-        new.replace(path)
+        _write_whole(path, self.manifest, lines)
 
     def _write(self, text: str) -> None:
         self._file.write(text)
