@@ -48,6 +48,7 @@ class LocalModel:
         options = EngineOptions(self.rows, longest, prefixes=self.rows * longest)
         self._engine = Engine(self.vlm.generator, token_bytes(self.vlm.processor.tokenizer), options)
         self._engine.warm_up(say)
+        self.vlm.generator.programs.sealed = False  # what ranks choices is compiled when it is needed
         self._engine.start()
 
     def length(self, sample: Sample) -> int:

@@ -27,7 +27,8 @@ class Layout:
     def __init__(self, leaves: Sequence[jax.Array]):
         meshes = [leaf.sharding.mesh for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
         self.mesh = cast(Mesh, meshes[0]) if meshes else None
-        self.devices = list(self.mesh.devices.flat if self.mesh is not None else leaves[0].devices())
+        one = leaves[0].sharding  # None of a shape
+        self.devices = list(self.mesh.devices.flat) if self.mesh is not None else list(one.device_set) if one else []
 
     def everywhere(self, tree: Any) -> Any:
         """A copy on every device."""

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -253,27 +251,3 @@ def test_a_broken_predictions_file_is_named_with_its_line(tmp_path):
         path.write_text(good + "\n" + bad + "\n", encoding="utf-8")
         with pytest.raises(UserError, match="line 2"):
             scenes.read_predictions(path)
-
-
-def run_script(*arguments):
-    return subprocess.run(
-        [sys.executable, REPOSITORY / "eval" / "scenes.py", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"PYTHONPATH": str(REPOSITORY), "PATH": ""},
-    )
-
-
-def test_the_script_scores_a_file_without_a_model(tmp_path):
-    path, output = tmp_path / "predictions.jsonl", tmp_path / "scores.json"
-    predictions = [scenes.prediction(item, *true_reply(item)) for item in ITEMS]
-    path.write_text("\n".join(json.dumps(p, ensure_ascii=False) for p in predictions), encoding="utf-8")
-    done = run_script("--predictions", path, "--output", output)
-    assert done.returncode == 0, done.stderr
-    assert "relation_yesno (hard)" in done.stdout
-    assert json.loads(output.read_text())["kinds"]["color"]["all"]["accuracy"] == 1.0
-    missing = run_script("--predictions", tmp_path / "none.jsonl")
-    assert missing.returncode == 2
-    assert missing.stderr.count("\n") == 1
-    assert "none.jsonl" in missing.stderr
