@@ -182,10 +182,14 @@ class Part:
 
 
 class Pictures:
-    """The pictures of predictions whose samples hold them as bytes: files in a folder beside, each once."""
+    """The pictures of predictions whose samples hold them as bytes: files in a folder, each once.
 
-    def __init__(self, path: Path):
-        self._folder = path.with_name(f"{path.stem}.pictures")
+    path: of the predictions. folder: by default one beside them; several files of predictions may share one.
+    """
+
+    def __init__(self, path: Path, folder: Path | None = None):
+        self._folder = folder or path.with_name(f"{path.stem}.pictures")
+        self._name = os.path.relpath(self._folder, path.parent)
 
     def name(self, picture: Path | bytes) -> str:
         """Where a report finds a picture: its path, or a file name from the folder of the predictions on."""
@@ -197,7 +201,7 @@ class Pictures:
             part = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}")
             part.write_bytes(picture)
             part.replace(file)
-        return f"{self._folder.name}/{file.name}"
+        return f"{self._name}/{file.name}"
 
 
 def _open(path: Path) -> TextIO:
