@@ -94,8 +94,9 @@ class RunLog:
         if not self.console.is_terminal:
             self.console.print(f"step {number}: {text}  {datetime.timedelta(seconds=round(left))} left", soft_wrap=True)
 
-    def evaluation(self, number: int, values: dict[str, float], scores: dict[str, float]) -> None:
+    def evaluation(self, number: int, values: dict[str, float], scores: dict[str, float] | None = None) -> None:
         """Logs an evaluation, prints it, and draws curve and report anew. scores: of tasks, "TASK/SCORE"."""
+        scores = scores or {}
         values = values | scores
         if values:
             self._write("evaluation", number, values)
