@@ -22,7 +22,7 @@ import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qwenvl_jax.config import UserError
-from qwenvl_jax.evaluation import runner
+from qwenvl_jax.evaluation import runner, scenes
 from qwenvl_jax.evaluation.baseline import best_fixed_reply
 from qwenvl_jax.evaluation.fingerprint import folder_fingerprint
 from qwenvl_jax.evaluation.html_parts import Run
@@ -30,6 +30,7 @@ from qwenvl_jax.evaluation.html_report import write_report
 from qwenvl_jax.evaluation.judge import judge, judging_of, lacks_judgements
 from qwenvl_jax.evaluation.judgings import JUDGINGS
 from qwenvl_jax.evaluation.metrics import registry as metrics
+from qwenvl_jax.evaluation.metrics.scenes import scene_record
 from qwenvl_jax.evaluation.predictions import Part, Pictures, Shard, read_predictions
 from qwenvl_jax.evaluation.runner import Counts, Lost, Model
 from qwenvl_jax.evaluation.scores import score, to_json
@@ -312,6 +313,8 @@ def report(path: Path, options: argparse.Namespace, console: rich.console.Consol
     for grouping, labels in scores.groups.items():
         if 1 < len(labels) <= MOST_LABELS:
             console.print(groups_table(scores, grouping))
+    if metric.name == "scenes":
+        console.print(scenes.table(scenes.report([scene_record(prediction) for prediction in predictions])))
     if scores.note:
         console.print(scores.note)
     kept = path.with_suffix(".scores.json")

@@ -124,6 +124,14 @@ def test_answers_kept_by_a_server_are_not_scored(drawn, tmp_path, capsys):
 
 
 @pytest.mark.long
+def test_a_model_on_two_devices_says_the_same(tmp_path):
+    for number in ("1", "2"):
+        assert main("scenes", "scenes", tmp_path, tmp_path / number, "--limit", "4", "--tensor", number) == 0
+    one, two = (read_predictions(tmp_path / number / "scenes.jsonl")[1] for number in ("1", "2"))
+    assert [each.reply for each in one] == [each.reply for each in two]
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.family != "touchstone"])
 def test_every_dataset_runs_end_to_end(name, drawn, tmp_path):
     assert main(TASKS[name].family, name, drawn, tmp_path, "--limit", "4") == 0

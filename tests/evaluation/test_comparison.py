@@ -3,8 +3,6 @@
 import dataclasses
 import io
 import json
-import sys
-import types
 
 import numpy as np
 import pytest
@@ -13,11 +11,12 @@ from evaluation.runs import ACCURACY, run
 
 from qwenvl_jax.config import UserError
 from qwenvl_jax.evaluation.baseline import Guess
+from qwenvl_jax.evaluation.compare import main
 from qwenvl_jax.evaluation.comparison import compare, p_text
 from qwenvl_jax.evaluation.metrics.metric import Metric
+from qwenvl_jax.evaluation.predictions import line
 from qwenvl_jax.evaluation.scores import score
 from qwenvl_jax.evaluation.tables import comparison_groups_table, comparison_table, groups_table, scores_table
-from qwenvl_jax.evaluation.task import Prediction
 
 
 def text(table) -> str:
@@ -111,39 +110,12 @@ def test_p_values_are_short(p, shown):
 
 
 def write(path, predictions, **manifest):
-    lines = [{"manifest": {"task": "mine", "metric": "accuracy"} | manifest}]
-    lines += [dataclasses.asdict(prediction) for prediction in predictions]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    first = json.dumps({"manifest": {"task": "mine", "metric": "exact_match"} | manifest}) + "\n"
+    path.write_text(first + "".join(map(line, predictions)))
     return str(path)
 
 
-@pytest.fixture
-def main(monkeypatch):
-    """The command; predictions are read and metrics found by stand-ins, for neither is what is tested here."""
-
-    def read(path):
-        first, *rest = map(json.loads, path.read_text().splitlines())
-        return first["manifest"], [Prediction(**line) for line in rest]
-
-    def metric(name, variant):
-        if (name, variant) != ("accuracy", "official"):
-            raise UserError(f"metric {name!r} has no variant {variant!r}")
-        return ACCURACY
-
-    for name, content in (("predictions", {"read_predictions": read}), ("metrics.registry", {"metric": metric})):
-        module = types.ModuleType(f"qwenvl_jax.evaluation.{name}")
-        module.__dict__.update(content)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    import qwenvl_jax.evaluation.metrics as metrics
-
-    monkeypatch.setattr(metrics, "registry", sys.modules["qwenvl_jax.evaluation.metrics.registry"], raising=False)
-    monkeypatch.delitem(sys.modules, "qwenvl_jax.evaluation.compare", raising=False)
-    from qwenvl_jax.evaluation.compare import main
-
-    return main
-
-
-def test_the_command_compares(main, tmp_path, capsys):
+def test_the_command_compares(tmp_path, capsys):
     first = write(tmp_path / "a.jsonl", run(["no"] * 8))
     second = write(tmp_path / "b.jsonl", run(["yes"] * 8), checkpoint="other")
     assert main([first, second, "--html", str(tmp_path / "page.html")]) == 0
@@ -158,12 +130,12 @@ def test_the_command_compares(main, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("manifest", "arguments", "message"),
     [
-        ({}, ["--metric", "no_such"], "no variant 'no_such'"),
+        ({}, ["--metric", "no_such"], "no_such"),
         ({"task": "other"}, [], "compare predictions of the same task"),
         ({}, ["--html", "no/such/folder.html"], "no/such"),
     ],
 )
-def test_bad_input_is_one_line(main, tmp_path, capsys, manifest, arguments, message):
+def test_bad_input_is_one_line(tmp_path, capsys, manifest, arguments, message):
     first = write(tmp_path / "a.jsonl", run(["no"] * 2))
     second = write(tmp_path / "b.jsonl", run(["yes"] * 2), **manifest)
     assert main([first, second, *arguments]) == 2
@@ -172,6 +144,6 @@ def test_bad_input_is_one_line(main, tmp_path, capsys, manifest, arguments, mess
     assert error.count("\n") == 1
 
 
-def test_a_file_that_is_not_there_is_one_line(main, tmp_path, capsys):
+def test_a_file_that_is_not_there_is_one_line(tmp_path, capsys):
     assert main([str(tmp_path / "none.jsonl"), str(tmp_path / "none.jsonl")]) == 2
     assert capsys.readouterr().err.count("\n") == 1

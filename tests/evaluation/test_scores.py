@@ -123,7 +123,7 @@ def test_there_is_no_guess_where_replies_are_not_read():
     assert best_fixed_reply([], ACCURACY) is None
 
 
-MODULES = ("statistics", "scores", "baseline", "comparison", "tables", "published", "html_report", "html_comparison")
+MODULES = ("command", "compare", "statistics", "published", "html_report", "html_comparison")
 
 
 def test_scoring_and_reports_do_without_jax():

@@ -8,6 +8,7 @@ there without being given.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from qwenvl_jax.evaluation.metrics.grounding import parse_box
 from qwenvl_jax.evaluation.metrics.metric import Metric, Score, Units, mean
@@ -26,6 +27,12 @@ def boxes_of(prediction: Prediction) -> list[Sequence[float]]:
         return []
     size = (field(prediction, "width"), field(prediction, "height")) * 2
     return [[value / 1000 * side for value, side in zip(box, size, strict=True)]]
+
+
+def scene_record(prediction: Prediction) -> dict[str, Any]:
+    """The prediction as `evaluation.scenes.report` takes it."""
+    boxes = [] if prediction.error is not None else boxes_of(prediction)
+    return {**prediction.reference, "reply": prediction.reply, "boxes": boxes}
 
 
 def _judge(prediction: Prediction) -> dict[str, float]:
