@@ -4,8 +4,10 @@ Not here: numerics (the model sets its own matmul precision) and model building 
 """
 
 import os
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Programs of tests are run once or twice on tiny shapes: what takes long is compiling them well. Before JAX starts; the
 # processes that tests start inherit it. The second line is of flags that newer ones do not have.
@@ -17,6 +19,9 @@ os.environ.setdefault(
 
 import jax
 import pytest
+
+if TYPE_CHECKING:
+    from serving.process import ServerProcess  # needs packages that not every environment of tests has
 
 TESTS = Path(__file__).parent
 REPOSITORY = TESTS.parent
@@ -53,6 +58,17 @@ def golden() -> Path:
 def fixtures() -> Path:
     """The folder of tiny checkpoints, adapters and pictures; the picture paths in its goldens are relative to it."""
     return TESTS / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator["ServerProcess"]:
+    """The tiny model as serve.py serves it, under two names."""
+    from serving.process import REAL, ServerProcess
+
+    names = ("--served-model-name", "tiny", "--served-model-name", "Qwen/Qwen-VL-Chat")
+    sizes = ("--slots", "4", "--max-model-len", "1024")  # fewer programs to compile than by default
+    with ServerProcess(*names, *sizes, script=REAL) as process:
+        yield process
 
 
 @pytest.fixture(scope="session")

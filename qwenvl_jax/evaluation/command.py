@@ -1,7 +1,7 @@
 """The command of every script in `eval/`: ask a model a dataset, keep its predictions, score them, show the scores.
 
     python eval/FAMILY.py --dataset NAME [--checkpoint DIR | --api-base URL] [--data DIR] [--limit N]
-    python eval/FAMILY.py --predictions FILE
+    python eval/FAMILY.py --predictions FILE [--judge-base URL]
 
 Predictions come first, in OUTPUT/NAME.jsonl; a run that was ended goes on where it was. Scores are made of that file
 alone, and are beside it: NAME.scores.json, and NAME.html to look at.
@@ -27,6 +27,8 @@ from qwenvl_jax.evaluation.baseline import best_fixed_reply
 from qwenvl_jax.evaluation.fingerprint import folder_fingerprint
 from qwenvl_jax.evaluation.html_parts import Run
 from qwenvl_jax.evaluation.html_report import write_report
+from qwenvl_jax.evaluation.judge import judge, judging_of, lacks_judgements
+from qwenvl_jax.evaluation.judgings import JUDGINGS
 from qwenvl_jax.evaluation.metrics import registry as metrics
 from qwenvl_jax.evaluation.metrics.scenes import scene_record
 from qwenvl_jax.evaluation.predictions import Part, Pictures, Shard, read_predictions
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 PACKAGES = ("qwenvl-jax", "jax", "flax", "numpy", "pillow")
+MOST_IDS = 10  # of judgements that failed, which are all in the file
 MOST_LABELS = 16  # of a grouping that is shown in the terminal; the page has all
 
 
@@ -48,12 +51,15 @@ def main(family: str, arguments: Sequence[str] | None = None) -> int:
     options = parser(family).parse_args(arguments)
     console = rich.console.Console(highlight=False)
     try:
-        if options.predictions is not None:
-            report(options.predictions, options, console)
-            return 0
-        if options.dataset is None:
-            raise UserError(f"--dataset says what to ask; see python eval/{family}.py --help")
-        path = predict(tasks.task(options.dataset, family), options, console)
+        path = options.predictions
+        if options.judge_base is None and (options.judge_model or options.judge_key):
+            raise UserError("--judge-base says which server the judge is at")
+        if path is None:
+            if options.dataset is None:
+                raise UserError(f"--dataset says what to ask; see python eval/{family}.py --help")
+            path = predict(tasks.task(options.dataset, family), options, console)
+        if path is not None and options.judge_base is not None:
+            path = judged(path, options, console)
         if path is not None:
             report(path, options, console)
         return 0
@@ -91,6 +97,13 @@ def parser(family: str) -> argparse.ArgumentParser:
     who.add_argument("--api-base", help="an OpenAI server instead, as http://127.0.0.1:8000/v1")
     who.add_argument("--api-key", help="of that server (default: the variable OPENAI_API_KEY)")
     who.add_argument("--model", help="which of that server's (default: its first)")
+    if any(tasks.TASKS[name].metric in JUDGINGS for name in names):
+        judge = found.add_argument_group("who judges the replies, where not only rules do")
+        judge.add_argument("--judge-base", help="an OpenAI server, as http://127.0.0.1:8000/v1")
+        judge.add_argument("--judge-key", help="of that server (default: the variable OPENAI_API_KEY)")
+        judge.add_argument("--judge-model", help="which of that server's (default: its first)")
+    else:
+        found.set_defaults(judge_base=None, judge_key=None, judge_model=None)
     where = found.add_argument_group("where it goes")
     where.add_argument("--output", type=Path, default=Path("predictions"), help="folder (default: predictions)")
     where.add_argument("--overwrite", action="store_true", help="begin anew where there are predictions")
@@ -102,6 +115,8 @@ def parser(family: str) -> argparse.ArgumentParser:
 
 def predict(task: Task, options: argparse.Namespace, console: rich.console.Console) -> Path | None:
     """The file of all predictions, made or found; None while other shards are not done."""
+    if options.judge_base is not None:
+        judging_of(task.name, task.metric)
     if task.metric:
         metrics.metric(task.metric, options.metric)  # a mistake is better found now than after the run
     style: Style = options.style or ("chat" if options.api_base or task.chats else "qwenvl")
@@ -252,6 +267,29 @@ def ask(
         return runner.predict(samples, model, part, pictures, say)
 
 
+def judged(path: Path, options: argparse.Namespace, console: rich.console.Console) -> Path:
+    """The file of the same predictions with what a judge says of them, made or found."""
+    from qwenvl_jax.evaluation.served_model import ServedModel
+
+    manifest, _ = read_predictions(path)
+    decoding = judging_of(str(manifest.get("task", path.stem)), manifest.get("metric")).decoding
+    with ServedModel(
+        options.judge_base, decoding, options.judge_model, options.judge_key, options.batch_size
+    ) as judge_model:
+        found = judge(
+            path,
+            judge_model.name,
+            options.overwrite,
+            lambda samples, part: ask(samples, judge_model, part, Pictures(part.path), console),
+        )
+    for ids, what in ((found.failed, "could not be asked"), (found.unread, "gave a reply that cannot be read")):
+        if ids:
+            shown = ", ".join(ids[:MOST_IDS]) + (", ..." if len(ids) > MOST_IDS else "")
+            told = f"judge: {len(ids)} of {found.asked} requests {what}, see {found.raw}: {shown}"
+            console.print(told, style="red", soft_wrap=True)
+    return found.path
+
+
 def report(path: Path, options: argparse.Namespace, console: rich.console.Console) -> None:
     """Scores a file of predictions and shows them, in the terminal and as a page."""
     manifest, predictions = read_predictions(path)
@@ -259,9 +297,14 @@ def report(path: Path, options: argparse.Namespace, console: rich.console.Consol
     if not name:
         console.print(f"{path}: the answers of {task} are kept by a server; docs/evaluation.md has how to submit")
         return
+    if lacks_judgements(str(name), predictions):
+        command = f"python eval/{tasks.task(task).family}.py --predictions {path} --judge-base URL --judge-model NAME"
+        console.print(f"{path}: a judge scores the answers of {task}, which are kept: {command}", soft_wrap=True)
+        return
     metric = metrics.metric(str(name), options.metric)
     scores = score(predictions, metric, seed=options.seed)
-    guess = best_fixed_reply(predictions, metric)
+    # Of a reply that no judge has read nothing is known, so there is nothing to guess with.
+    guess = None if "judge" in manifest else best_fixed_reply(predictions, metric)
     console.print(scores_table(scores, task, guess))
     for grouping, labels in scores.groups.items():
         if 1 < len(labels) <= MOST_LABELS:

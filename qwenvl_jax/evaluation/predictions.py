@@ -71,6 +71,19 @@ def read_predictions(path: Path) -> tuple[Manifest, list[Prediction]]:
     return manifest, found
 
 
+def write_predictions(path: Path, manifest: Manifest, predictions: Iterable[Prediction]) -> None:
+    """A file of predictions, whole or not at all."""
+    _write_whole(path, manifest, map(line, predictions))
+
+
+def _write_whole(path: Path, manifest: Manifest, lines: Iterable[str]) -> None:
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    with open(new, "w", encoding="utf-8") as file:
+        file.write(json.dumps({"manifest": manifest}, ensure_ascii=False) + "\n")
+        file.writelines(lines)
+    new.replace(path)
+
+
 class Part:
     """The predictions that a process has made so far. Use it as a context; `append` from one thread at a time.
 
@@ -161,11 +174,7 @@ class Part:
                 )
 
     def _replace(self, path: Path, lines: Iterable[str]) -> None:
-        new = path.with_name(f"{path.name}.{os.getpid()}.new")
-        with open(new, "w", encoding="utf-8") as file:
-            file.write(json.dumps({"manifest": self.manifest}, ensure_ascii=False) + "\n")
-            file.writelines(lines)
-        new.replace(path)
+        _write_whole(path, self.manifest, lines)
 
     def _write(self, text: str) -> None:
         self._file.write(text)
@@ -173,10 +182,14 @@ class Part:
 
 
 class Pictures:
-    """The pictures of predictions whose samples hold them as bytes: files in a folder beside, each once."""
+    """The pictures of predictions whose samples hold them as bytes: files in a folder, each once.
 
-    def __init__(self, path: Path):
-        self._folder = path.with_name(f"{path.stem}.pictures")
+    path: of the predictions. folder: by default one beside them; several files of predictions may share one.
+    """
+
+    def __init__(self, path: Path, folder: Path | None = None):
+        self._folder = folder or path.with_name(f"{path.stem}.pictures")
+        self._name = os.path.relpath(self._folder, path.parent)
 
     def name(self, picture: Path | bytes) -> str:
         """Where a report finds a picture: its path, or a file name from the folder of the predictions on."""
@@ -188,7 +201,7 @@ class Pictures:
             part = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}")
             part.write_bytes(picture)
             part.replace(file)
-        return f"{self._folder.name}/{file.name}"
+        return f"{self._name}/{file.name}"
 
 
 def _open(path: Path) -> TextIO:

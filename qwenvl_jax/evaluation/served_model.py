@@ -16,12 +16,14 @@ from qwenvl_jax.evaluation.task import PICTURE, Decoding, Sample
 
 TRIES = 6  # of a request, where the server is busy; the waits double from a second on
 SECONDS = 600.0  # for an answer
+SECONDS_TO_LIST = 30.0
 
 
 class ServedModel:
     """base: as `http://127.0.0.1:8000/v1`. name: the model there; by default the first that it lists.
 
-    key: of the API, by default the variable OPENAI_API_KEY. Raises UserError where no server answers.
+    key: of the API, by default the variable OPENAI_API_KEY. Raises UserError where no server answers, or where it does
+    not take the key.
     """
 
     def __init__(
@@ -29,15 +31,24 @@ class ServedModel:
     ):
         self.decoding, self.at_once, self.together = decoding, at_once, 1
         self._client = openai_client(base, key)
-        self.name = name or self._first_model()
+        self.name = self._checked(name)
 
-    def _first_model(self) -> str:
+    def _checked(self, name: str | None) -> str:
+        """The model's name, from a server that is there and takes the key: else every sample would find that out."""
         import openai
 
+        base = self._client.base_url
         try:
-            return self._client.models.list().data[0].id
-        except (openai.APIError, IndexError) as error:
-            raise UserError(f"{self._client.base_url}: no list of models came ({error}); is a server there?") from None
+            listed = self._client.with_options(max_retries=1, timeout=SECONDS_TO_LIST).models.list()
+            return name or listed.data[0].id
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise UserError(f"{base}: the server does not take this key ({said(error)})") from None
+        except openai.NotFoundError as error:
+            if name:  # there are servers without a list
+                return name
+            raise UserError(f"{base}: there is no list of models ({said(error)}); does it end in /v1?") from None
+        except (openai.APIError, IndexError, AttributeError, TypeError) as error:
+            raise UserError(f"{base}: no list of models came ({said(error)}); is a server there?") from None
 
     def check(self, samples: Sequence[Sample]) -> None:
         """Raises UserError for samples whose choices are to be ranked."""
@@ -73,9 +84,9 @@ class ServedModel:
             openai.UnprocessableEntityError,
             openai.ContentFilterFinishReasonError,
         ) as error:
-            raise UserError(f"the server refused it: {error}") from None
+            raise UserError(f"the server refused it: {said(error)}") from None
         except openai.APIError as error:
-            raise Lost(f"{self._client.base_url}: {error}") from None
+            raise Lost(f"{self._client.base_url}: {said(error)}") from None
         if not reply.choices:
             raise UserError("the server's reply has no choices")
         choice, usage = reply.choices[0], reply.usage
@@ -90,6 +101,13 @@ class ServedModel:
 
     def __exit__(self, *_: object) -> None:
         self._client.close()
+
+
+def said(error: Exception) -> str:
+    """What a server said of an error, in one line."""
+    body = getattr(error, "body", None)
+    message = body.get("message") if isinstance(body, dict) else None
+    return " ".join(str(message or error).split())[:500] or type(error).__name__
 
 
 def openai_client(base: str, key: str | None) -> Any:

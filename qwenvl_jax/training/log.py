@@ -94,12 +94,16 @@ class RunLog:
         if not self.console.is_terminal:
             self.console.print(f"step {number}: {text}  {datetime.timedelta(seconds=round(left))} left", soft_wrap=True)
 
-    def evaluation(self, number: int, values: dict[str, float]) -> None:
-        """Logs an evaluation, prints it, and draws curve and report anew."""
+    def evaluation(self, number: int, values: dict[str, float], scores: dict[str, float] | None = None) -> None:
+        """Logs an evaluation, prints it, and draws curve and report anew. scores: of tasks, "TASK/SCORE"."""
+        scores = scores or {}
+        values = values | scores
         if values:
             self._write("evaluation", number, values)
-            shares = "  ".join(f"{name[6:]} {value:.2f}" for name, value in values.items() if name.startswith("right/"))
-            self.console.print(f"step {number}: validation loss {values['loss']:.4f}  {shares}", soft_wrap=True)
+            told = [f"validation loss {values['loss']:.4f}"] if "loss" in values else []
+            told += [f"{name[6:]} {value:.2f}" for name, value in values.items() if name.startswith("right/")]
+            told += [f"{name} {values[name]:.2f}" for name in scores]
+            self.console.print(f"step {number}: {'  '.join(told)}", soft_wrap=True)
         self._draw()
 
     def _draw(self) -> None:

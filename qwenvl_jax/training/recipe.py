@@ -109,6 +109,21 @@ class RecordsRecipe:
 
 
 @dataclasses.dataclass(frozen=True)
+class TasksRecipe:
+    """Datasets of docs/evaluation.md that the model answers at evaluations of the run."""
+
+    tasks: tuple[str, ...] = ()  # by the names that eval/*.py have for them
+    data: str = "data"  # folder of their files
+    limit: int | None = 200  # samples of each, the first; None: all
+    every: int = 1  # at each evaluation, or at every so manieth and the last
+
+    def __post_init__(self):
+        for name in ("limit", "every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"evaluate.{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """One training run."""
 
@@ -139,6 +154,7 @@ class Recipe:
     evaluate_every: int = 500
     evaluate_batches: int = 8
     evaluate_samples: int = 8  # validation questions that the model answers at each evaluation; 0: none
+    evaluate: TasksRecipe = dataclasses.field(default_factory=TasksRecipe)  # datasets it answers beside them
     peak_tflops: float | None = None  # of one device, for MFU; None: the data sheet's, for devices known to flops.py
     save_every: int = 500
     keep: int = 2  # checkpoints
@@ -224,7 +240,8 @@ class _PlanFlags:
 
 
 # What may change between two starts of one run: where it runs and how it tells of it, but not what it computes.
-CIRCUMSTANCES = ("output", "mesh", "hosts", "workers", "log_every", "keep", "evaluate_samples", "peak_tflops")
+CIRCUMSTANCES = ("output", "mesh", "hosts", "workers", "log_every", "keep", "peak_tflops")
+CIRCUMSTANCES += ("evaluate_samples", "evaluate")
 
 
 def remember_recipe(recipe: Recipe, output: Path) -> None:

@@ -25,6 +25,7 @@ from qwenvl_jax.training.recipe import Recipe, remember_recipe
 from qwenvl_jax.training.reference import examine_reference, with_reference
 from qwenvl_jax.training.samples import Samples
 from qwenvl_jax.training.step import TrainState, make_evaluation_step
+from qwenvl_jax.training.tasks import Tasks, open_tasks
 
 
 def train(recipe: Recipe) -> Path | None:
@@ -36,6 +37,7 @@ def train(recipe: Recipe) -> Path | None:
     """
     connect(recipe.hosts)
     output = Path(recipe.output)
+    asked = open_tasks(recipe)
     remember_recipe(recipe, output)
     placement = Placement(recipe.mesh, recipe.batch_size // recipe.accumulate)
     modules, config, vocabulary = build_modules(recipe, placement)
@@ -65,6 +67,7 @@ def train(recipe: Recipe) -> Path | None:
         of_start = partial(evaluating(examine_reference), params, frozen)
         data = with_reference(data, of_start, placement, output / "reference.npy", checkpoints.latest is not None)
     samples = Samples(data.asked if jax.process_count() == 1 else [], data.processor, output / "samples")
+    tasks = Tasks(asked if jax.process_count() == 1 else [], output / "evaluation")
     meter = Meter(step_cost(config, params), peak_of_run(recipe.peak_tflops, placement.mesh))
     counted = partial(count, queries=config.visual.n_queries)
 
@@ -76,8 +79,8 @@ def train(recipe: Recipe) -> Path | None:
     ):
         for note in data.notes:
             log.console.print(note, soft_wrap=True)
-        if len(samples.asked) < len(data.asked):
-            log.console.print("no samples are answered: that is for a single host")
+        if len(samples.asked) < len(data.asked) or len(tasks.asked) < len(asked):
+            log.console.print("no samples are answered, and no tasks: that is for a single host")
         if checkpoints.latest is not None:
             state = checkpoints.load(state)
             params.clear()  # those of the start, or their memory would be held for the whole run
@@ -102,11 +105,17 @@ def train(recipe: Recipe) -> Path | None:
                 with meter.paused():
                     if data.validation:
                         result = objective.evaluate(partial(evaluation_step, state.params, frozen), data.validation)
-                    if samples.asked:
+                    scores = {}
+                    asks = tasks.asked and (number % (recipe.evaluate_every * recipe.evaluate.every) == 0 or last)
+                    if samples.asked or asks:
                         now = {name: p if dtype is None else p.astype(dtype) for name, p in state.params.items()}
-                        samples.answer(rebuild(now | frozen)["model"], number)
-                        del now
-                    log.evaluation(number, result)
+                        model = rebuild(now | frozen)["model"]
+                        samples.answer(model, number)
+                        if asks:
+                            with samples.loaded(model) as vlm:
+                                scores = tasks.answer(vlm, number, log.console.print)
+                        del now, model
+                    log.evaluation(number, result, scores)
             if saves:
                 checkpoints.save(state, number, result.get("loss"))
             if stopping and not last:

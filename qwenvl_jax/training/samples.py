@@ -4,6 +4,7 @@ The answers come from the decode path that users call, greedily, and change noth
 and no random number.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -101,18 +102,24 @@ class Samples:
         self.asked, self.processor, self.folder = list(asked), processor, folder
         self.vlm: VLM | None = None
 
-    def answer(self, model: QwenVL, step: int) -> None:
-        """Has the model answer; the programs that do are compiled the first time."""
-        if not self.asked:
-            return
+    @contextlib.contextmanager
+    def loaded(self, model: QwenVL) -> Iterator[VLM]:
+        """The model as users have it, to be asked; lets go of its weights at the end."""
         if self.vlm is None:
             self.vlm = VLM(model, self.processor)
         else:
             self.vlm.generator.load(model)
         try:
-            replies = self.vlm.batch([asked.messages for asked in self.asked], max_new_tokens=LONGEST_ANSWER)
+            yield self.vlm
         finally:
             self.vlm.generator.unload()
+
+    def answer(self, model: QwenVL, step: int) -> None:
+        """Has the model answer; the programs that do are compiled the first time."""
+        if not self.asked:
+            return
+        with self.loaded(model) as vlm:
+            replies = vlm.batch([asked.messages for asked in self.asked], max_new_tokens=LONGEST_ANSWER)
         folder = self.folder / str(step)
         folder.mkdir(parents=True, exist_ok=True)
         lines = [self._keep(folder, *pair) for pair in enumerate(zip(self.asked, replies, strict=True))]

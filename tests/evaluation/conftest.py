@@ -31,3 +31,11 @@ def with_java() -> None:
         pytest.skip("there is no java")
     if importlib.util.find_spec("pycocoevalcap") is None:
         pytest.skip("pycocoevalcap is not installed")
+
+
+@pytest.fixture
+def no_proxy(monkeypatch) -> None:
+    """Servers of tests are on this machine."""
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)

@@ -1,22 +1,16 @@
-"""Servers that tests share. Tests that kill a server, or change what it says of itself, start one of their own."""
+"""Servers that tests of serving share, besides `server`, which all tests do.
+
+Tests that kill a server, or change what it says of itself, start one of their own.
+"""
 
 from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
 from openai import OpenAI
-from serving.process import REAL, ServerProcess
+from serving.process import ServerProcess
 
-NAMES = ("--served-model-name", "tiny", "--served-model-name", "Qwen/Qwen-VL-Chat")
-SIZES = ("--slots", "4", "--max-model-len", "1024")  # fewer programs to compile than by default
 KEY = "sk-test-0123456789"
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[ServerProcess]:
-    """The tiny model as serve.py serves it, under two names."""
-    with ServerProcess(*NAMES, *SIZES, script=REAL) as process:
-        yield process
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,9 @@ from qwenvl_jax.checkpoints.huggingface import load_model
 from qwenvl_jax.config import UserError
 from qwenvl_jax.data.packing import RowShape
 from qwenvl_jax.data.scene_rows import SceneRecipe
+from qwenvl_jax.evaluation.metrics import registry as metrics
+from qwenvl_jax.evaluation.predictions import read_predictions
+from qwenvl_jax.evaluation.scores import score
 from qwenvl_jax.training import cli
 from qwenvl_jax.training.optimizer import OptimizerRecipe
 from qwenvl_jax.training.recipe import AuxiliaryRecipe, NewModel, Recipe
@@ -63,9 +66,12 @@ RUN = """
 import dataclasses, sys
 sys.path.insert(0, {folder!r})
 from test_run import small
+from qwenvl_jax.training.recipe import TasksRecipe
 from qwenvl_jax.training.run import train
 if __name__ == "__main__":
-    train(dataclasses.replace(small(sys.argv[1]), evaluate_samples=int(sys.argv[2])))
+    samples = int(sys.argv[2])
+    tasks = TasksRecipe(tasks=("scenes",) if samples else (), limit=6)
+    train(dataclasses.replace(small(sys.argv[1]), evaluate_samples=samples, evaluate=tasks))
 """
 
 
@@ -97,7 +103,7 @@ def logged(output: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
-    """A whole run that also answers samples half-way; the others do not, and must train the same."""
+    """A whole run that also answers samples and a task half-way; the others do not, and must train the same."""
     folder = tmp_path_factory.mktemp("undisturbed")
     assert start(folder / "run", folder / "script.py", samples=2).wait() == 0
     return folder / "run"
@@ -147,6 +153,20 @@ def test_the_export_loads_and_the_run_leaves_its_record(undisturbed):
     page = (undisturbed / "report.html").read_text()
     assert "All steps are done" in page
     assert page.count("<img ") == 2
+
+
+def test_the_tasks_of_a_recipe_are_answered_at_each_evaluation(undisturbed):
+    rows = [json.loads(line) for line in (undisturbed / "log.jsonl").read_text().splitlines()]
+    evaluated = [row for row in rows if row["kind"] == "evaluation"]
+    assert [row["step"] for row in evaluated] == [3, 6]
+    for row in evaluated:
+        file = undisturbed / "evaluation" / str(row["step"]) / "scenes.jsonl"
+        manifest, found = read_predictions(file)
+        assert (manifest["step"], len(found), {one.error for one in found}) == (row["step"], 6, {None})
+        assert all((file.parent / name).is_file() for one in found for name in one.pictures)
+        assert row["scenes/accuracy"] == pytest.approx(score(found, metrics.metric("scenes")).headline.value, rel=1e-5)
+    assert len(list((undisturbed / "evaluation" / "scenes.pictures").iterdir())) < 6  # each is kept once
+    assert "Scenes: accuracy, validation" in (undisturbed / "report.html").read_text()
 
 
 def test_a_row_of_the_log_says_how_fast_and_how_full(undisturbed):
