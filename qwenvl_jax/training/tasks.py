@@ -12,15 +12,14 @@ from pathlib import Path
 from qwenvl_jax.config import UserError
 from qwenvl_jax.evaluation import runner
 from qwenvl_jax.evaluation.judgings import JUDGINGS
-from qwenvl_jax.evaluation.local_model import messages, options_of
+from qwenvl_jax.evaluation.local_model import LocalModel
 from qwenvl_jax.evaluation.metrics import registry as metrics
 from qwenvl_jax.evaluation.predictions import Part, Pictures, read_predictions
-from qwenvl_jax.evaluation.runner import Answer
 from qwenvl_jax.evaluation.scores import score, to_json
 from qwenvl_jax.evaluation.task import Decoding, Prediction, Reading, Sample, Style, Task
 from qwenvl_jax.evaluation.tasks import registry
 from qwenvl_jax.training.recipe import Recipe
-from qwenvl_jax.vlm import VLM, Reply
+from qwenvl_jax.vlm import VLM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +82,8 @@ class Tasks:
             # Of a run that was killed before its checkpoint, this step's predictions are made once more.
             with Part(path, manifest, overwrite=True) as part:
                 pictures = Pictures(path, self._folder / f"{name}.pictures")
-                counts = runner.predict(asked.samples, Batched(vlm, asked), part, pictures)
+                model = LocalModel(vlm, asked.chats, asked.decoding)
+                counts = runner.predict(asked.samples, model, part, pictures)
             part.finish([sample.id for sample in asked.samples])
             if counts.failed:
                 tell(f"{name}: {counts.failed} of {counts.total} samples could not be asked, see {path}")
@@ -91,63 +91,3 @@ class Tasks:
             path.with_suffix(".scores.json").write_text(to_json(found) + "\n", encoding="utf-8")
             scores |= {f"{name}/{number.name}": number.value for number in found.numbers}
         return scores
-
-
-class Batched:
-    """A model for `runner.predict` that answers everything in `prepare`, by the programs that answer a run's samples.
-
-    An engine would be faster, but keeps memory and has programs of its own, which a training run would compile anew
-    at each evaluation.
-    """
-
-    at_once = 1
-
-    def __init__(self, vlm: VLM, asked: Asked):
-        self._vlm, self._asked = vlm, asked
-        self._answers: dict[str, Answer | UserError] = {}
-
-    def length(self, sample: Sample) -> int:
-        return len(sample.prompt)
-
-    def prepare(self, samples: Sequence[Sample], say: runner.Say) -> None:
-        """Asks all; one that cannot be asked must not take the others with it."""
-        if not self._asked.chats:
-            self._answers = {sample.id: self._raw(sample) for sample in samples}
-            return
-        ready = []
-        for sample in samples:
-            try:
-                self._check(len(self._vlm.processor.chat(messages(sample)).input_ids))
-                ready.append(sample)
-            except UserError as error:
-                self._answers[sample.id] = error
-        replies = self._vlm.batch([messages(sample) for sample in ready], **self._options())
-        self._answers |= {sample.id: _answer(reply) for sample, reply in zip(ready, replies, strict=True)}
-
-    def answer(self, sample: Sample) -> Answer:
-        """What was found in `prepare`. Raises UserError for a sample that could not be asked."""
-        found = self._answers[sample.id]
-        if isinstance(found, UserError):
-            raise found
-        return found
-
-    def _raw(self, sample: Sample) -> Answer | UserError:
-        try:
-            if sample.choices:
-                scores = self._vlm.score(sample.prompt, sample.choices, sample.pictures, per_token=True)
-                return Answer(likelihoods=tuple(map(float, scores)))
-            return _answer(self._vlm.generate(sample.prompt, sample.pictures, **self._options()))
-        except UserError as error:
-            return error
-
-    def _options(self) -> dict:
-        return {"repetition_penalty": 1.0} | options_of(self._asked.decoding)
-
-    def _check(self, length: int) -> None:
-        most = self._vlm.config.max_position_embeddings
-        if length >= most:
-            raise UserError(f"the prompt has {length} tokens; the model has {most} positions")
-
-
-def _answer(reply: Reply) -> Answer:
-    return Answer(reply.text.strip(), finish_reason=reply.finish_reason, tokens=reply.usage.completion_tokens)
