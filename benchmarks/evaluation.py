@@ -1,8 +1,8 @@
 """Speed of an evaluation beside asking one by one: the same questions about scenes, in turns, in one process.
 
 One side is `vlm.chat` for each question. The other is the runner of `eval/scenes.py`, which asks batches and keeps
-every prediction in a file. Both begin with pictures as files in memory and end with texts; what each side compiles is
-compiled before. Beside seconds stand core seconds, the time that processors worked, which depends less on what else runs.
+every prediction in a file. Both begin with pictures as files in memory and end with texts; what a side compiles is
+compiled before. Beside seconds stand core seconds, the time that processors worked: they depend less on what else runs.
 """
 
 import dataclasses
