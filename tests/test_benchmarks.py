@@ -39,3 +39,12 @@ def test_the_hosts_share_has_its_parts(tmp_path):
     assert found["held_up"] == pytest.approx(found["whole"] - found["bare"])
     assert min(found["calls"], found["rest"], found["bare"]) > 0
     assert found["turns"] >= 3
+
+
+def test_an_evaluation_is_held_against_asking_one_by_one(tmp_path):
+    run("evaluation.py", "--samples", "12", "--rounds", "2", "--output", str(tmp_path / "found.json"))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [one["side"] for one in found["rounds"]] == ["one by one", "runner"] * 2
+    assert found["different"] == 0
+    first, second = found["rounds"][:2]
+    assert found["ratio"][0] == pytest.approx(first["seconds"] / second["seconds"])

@@ -20,7 +20,7 @@ from qwenvl_jax.inference import steps
 from qwenvl_jax.inference.layout import Layout
 from qwenvl_jax.inference.programs import Counter, Program
 from qwenvl_jax.inference.sampling import Controls, SamplingOptions, controls
-from qwenvl_jax.inference.sharing import Shared, bucket, shared_beginnings
+from qwenvl_jax.inference.sharing import SHORTEST_REST, Shared, bucket, shared_beginnings
 from qwenvl_jax.inference.steps import Fixed, Grown, Past, State
 from qwenvl_jax.models.qwen_vl import QwenVL, frequencies, unstack
 from qwenvl_jax.nn.adapter_bank import banked_linears
@@ -28,6 +28,7 @@ from qwenvl_jax.processing.template import Prompt
 
 SHORTEST_BUCKET = 64
 MOST_PICTURES = 8  # encoded at once
+LARGE = 16  # rows of a batch that may be read in parts
 
 
 def length_bucket(length: int) -> int:
@@ -65,6 +66,7 @@ class Generator:
         self._encode = self.program(steps.encode, Layout.everywhere)
         self._prefill = self.program(steps.prefill, Layout.batch)
         self._branch = self.program(steps.branch, Layout.batch, static_argnames="room")
+        self._together = Program(steps.together, self.programs, Layout.batch)
         self.decode_steps = self.program(steps.decode, Layout.batch, donate_argnames="state")
         self._logits = self.program(steps.all_logits, Layout.everywhere)
         self._score = self.program(steps.score, Layout.everywhere)
@@ -182,6 +184,8 @@ class Generator:
         return shared_beginnings(np.where(slots < 0, ids, -1 - slots), lengths, rotary, SHORTEST_BUCKET)
 
     def _prefill_shared(self, batch: Batch, controls: Controls, shared: Shared) -> tuple[Past, State, Fixed, Grown]:
+        """Reads the beginnings, then the rest of each row; of many rows the longest quarter by itself, where that lets
+        the others be padded to half of it."""
         rows, room = batch.ids.shape
         first = _rows(shared.first, bucket(len(shared.first)))
         start, size = shared.length, shared.padded
@@ -192,15 +196,25 @@ class Generator:
         every = frequencies(self.config, batch.lengths)
         beginnings = Batch(ids, slots, lengths, batch.features)
         begun, _, fixed, _ = self.prefill(beginnings, options, np.zeros(len(first)), every[first])
-        part, index = slice(start, start + shared.rest), _rows(shared.which, rows)
         rests = np.maximum(batch.lengths - start, 1)
-        finished = np.arange(rows) >= len(controls.temperature)
-        padded = jax.tree.map(lambda values: _rows(values, rows), controls)
-        with self._lock:
-            return self._branch[beginnings.shape, batch.shape, shared.rest](
-                self.leaves, begun, fixed.in_prompt, index, np.array([start], np.int32), batch.ids[:, part],
-                batch.slots[:, part], rests, batch.features, padded, every, finished, room=room,
+        controls = jax.tree.map(lambda values: _rows(values, rows), controls)
+        finished = np.arange(rows) >= len(shared.which)
+
+        def branched(own: np.ndarray, rest: int) -> tuple[Past, State, Fixed, Grown]:
+            part, options = slice(start, start + rest), jax.tree.map(lambda values: values[own], controls)
+            return self._branch[beginnings.shape, len(own), room, rest](
+                self.leaves, begun, fixed.in_prompt, _rows(shared.which, rows)[own], np.array([start], np.int32),
+                batch.ids[own, part], batch.slots[own, part], rests[own], batch.features, options, every[own],
+                finished[own], room=room,
             )  # fmt: skip
+
+        order = np.argsort(rests, kind="stable")
+        short, long = np.split(order, [rows * 3 // 4])
+        with self._lock:
+            if rows < LARGE or shared.rest == SHORTEST_REST or rests[short[-1]] > shared.rest // 2:
+                return branched(np.arange(rows), shared.rest)
+            parts = branched(short, shared.rest // 2), branched(long, shared.rest)
+            return self._together[rows, room](*parts, np.argsort(order).astype(np.int32))
 
     def some_rows(self, past: Past, state: State, fixed: Fixed, index: np.ndarray) -> tuple[Past, State, Fixed]:
         """The rows int32 [B'] of a batch."""

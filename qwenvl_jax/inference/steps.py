@@ -183,6 +183,11 @@ def branch(
     return extend(model, ids, slots, lengths, features, controls, rotary, in_prompt, start, finished, None, past=past)
 
 
+def together(first: tuple, second: tuple, index) -> tuple[Past, State, Fixed, Grown]:
+    """Two batches as one, the rows in the order of index int32 [B]."""
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b])[index], first, second)
+
+
 def some_rows(past: Past, state: State, fixed: Fixed, index) -> tuple[Past, State, Fixed]:
     """The rows int32 [B'] of a batch."""
     return jax.tree.map(lambda part: part[index], (past, state, fixed))

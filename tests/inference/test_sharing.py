@@ -81,6 +81,19 @@ def test_shared_reading_changes_no_reply(generator, temperature):
     assert replies == [run(generator, [prompt], option)[0] for prompt in prompts]
 
 
+def test_long_rests_are_read_by_themselves(generator):
+    """Of sixteen rows four have more than sixteen tokens of their own; they stand between the others."""
+    begin = picture_prompt(70, seed=6)
+    short, long = questions(begin, 11), questions(begin, 4, seed=1, length=17)
+    prompts = [*short[:5], *long[:3], *short[5:], *long[3:]]
+    assert generator._shared(generator.batch(prompts), 15).rest == 32
+    option = SamplingOptions(max_new_tokens=6)
+    before = generator.programs.compiled
+    assert run(generator, prompts, option) == [run(generator, [prompt], option)[0] for prompt in prompts]
+    assert generator.programs.compiled > before
+    assert generator._together.jitted._cache_size() == 1
+
+
 def test_texts_share_what_they_begin_with(generator):
     prompts = questions(text_prompt(40), 7)
     assert generator._shared(generator.batch(prompts), 7).length >= 40
