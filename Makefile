@@ -39,7 +39,7 @@ test: $(VENV)/.stamp
 test-jax: $(VENV)/.stamp
 	$(RUN) -m pytest -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(JAX_TESTS)
 
-# Runs of the trainer that take long: several processes, several stages. No part of `make test`.
+# What takes long: several processes, several stages, every dataset end to end. No part of `make test`.
 test-long: $(VENV)/.stamp
 	$(RUN) -m pytest -m long --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
