@@ -7,10 +7,12 @@ and the run goes on; where the model is gone it ends, and the next one goes on f
 """
 
 import dataclasses
+import hashlib
 import io
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -148,8 +150,16 @@ def batches(samples: Iterable[Sample], model: Model) -> list[list[Sample]]:
 
 
 def blind(sample: Sample) -> Sample:
-    """The sample with grey noise in place of its pictures: what it gets is what the question gives away."""
-    noise = np.random.default_rng(0).normal(128, 40, (96, 96)).clip(0, 255).astype(np.uint8)
+    """The sample with grey noise in place of its pictures: what it gets is what the question gives away.
+
+    Each picture has a noise of its own, so that questions about one picture still belong together, and no others do.
+    """
+    return dataclasses.replace(sample, pictures=tuple(map(_noise, sample.pictures)))
+
+
+def _noise(picture: Path | bytes) -> bytes:
+    digest = hashlib.sha256(picture if isinstance(picture, bytes) else str(picture).encode()).digest()
+    grey = np.random.default_rng(list(digest)).normal(128, 40, (96, 96)).clip(0, 255).astype(np.uint8)
     file = io.BytesIO()
-    Image.fromarray(noise).convert("RGB").save(file, "PNG")
-    return dataclasses.replace(sample, pictures=(file.getvalue(),) * len(sample.pictures))
+    Image.fromarray(grey).convert("RGB").save(file, "PNG")
+    return file.getvalue()
