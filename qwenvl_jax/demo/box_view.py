@@ -19,7 +19,7 @@ event `select` with the number of its picture and its corners:
     def ask_about(event: gr.EventData):
         event.image, event.box  # 0, [12, 30, 100, 90]
 
-    view.select(ask_about, None, question)
+    view.select(ask_about, None, question, trigger_mode="always_last")  # the default drops what comes meanwhile
 """
 
 from collections.abc import Mapping
@@ -86,7 +86,8 @@ BOX_TEXTS = {
         "column_y2": "下",
         "no_label": "无标签",
         "row": "方框 {number}：{label}",
-        "hint": "在图片上拖动。也可使用键盘：方向键移动十字线（按住 Shift 步长更大），回车键依次确定两个角，Esc 键取消。",
+        "hint": "在图片上拖动。也可使用键盘：方向键移动十字线（按住 Shift 步长更大），回车键依次确定两个角，"
+        "Esc 键取消。",
         "at": "{x}，{y}",
         "corner": "第一个角位于 {x}，{y}。请移到对角并按回车键。",
         "chosen": "已选方框：左 {x1}，上 {y1}，右 {x2}，下 {y2}。",

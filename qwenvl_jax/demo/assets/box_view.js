@@ -73,17 +73,17 @@ function refresh() {
   parts.noPicture.hidden = picture !== null;
   parts.body.hidden = picture === null;
   setWords();
+  fillPictureButtons();
+  fillTable();
+  parts.saveJson.disabled = view.value.boxes.length === 0;
   if (picture === null) {
     setDrawing(false);
     parts.image.removeAttribute("src");
-    return;
+  } else {
+    showPicture(picture);
+    drawMarks();
+    parts.savePicture.disabled = shownMarks().length === 0;
   }
-  showPicture(picture);
-  fillPictureButtons();
-  fillTable();
-  drawMarks();
-  parts.savePicture.disabled = shownMarks().length === 0;
-  parts.saveJson.disabled = view.value.boxes.length === 0;
 }
 
 function setWords() {
