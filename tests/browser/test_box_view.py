@@ -11,7 +11,7 @@ import axe_playwright_python
 import pytest
 from browser import box_view_app
 from PIL import Image
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import BrowserContext, Locator, Page, expect
 
 from qwenvl_jax.demo.box_view import BOX_TEXTS
 from qwenvl_jax.processing.boxes import COLOURS
@@ -45,6 +45,21 @@ def address(pictures) -> Iterator[str]:
     folder = Path(pictures[0]["url"].partition("=")[2]).parent
     page, address = box_view_app.launch(folder)
     yield address
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def visitor(browser) -> Iterator[BrowserContext]:
+    """The same for most tests, so that the browser has Gradio's many files since the first."""
+    context = browser.new_context(accept_downloads=True, viewport={"width": 1280, "height": 900})
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def page(visitor) -> Iterator[Page]:
+    page = visitor.new_page()
+    yield page
     page.close()
 
 
@@ -166,8 +181,8 @@ def test_words_stand_where_there_is_nothing_to_see(view, value):
 
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("shown", [0, 1])
-def test_boxes_lie_on_their_pixels(new_page, address, value, pictures, width, shown):
-    view = open_view(new_page(viewport={"width": width, "height": 800}), address)
+def test_boxes_lie_on_their_pixels(view, value, width, shown):
+    view.page.set_viewport_size({"width": width, "height": 800})
     boxes = [CAR, TREE, SECOND_CAR] if shown == 0 else [FLOWER]
     view.show(value(*boxes, shown=shown, count=2))
     place = view.part("image").bounding_box()
@@ -285,9 +300,16 @@ def test_the_picture_follows_the_server_and_new_boxes_but_not_each_value(view, v
     view.part("pictures").locator("button").nth(1).click()
     view.show(value(CAR, shown=1, count=2), value(CAR, shown=None, count=2))  # nothing new: the visitor's choice stays
     expect(pressed).to_have_text("Picture 2: garden.jpg")
-    view.show(value(shown=None, count=1))  # that picture is gone
+    view.show(value(shown=7, count=1))  # that picture is gone
     expect(view.part("image")).to_have_attribute("alt", "Picture 1: street.png")
     expect(view.part("pictures")).to_be_hidden()
+
+
+def test_another_conversation_begins_with_the_picture_that_the_server_shows(view, value, pictures):
+    view.show(value(FLOWER, shown=0, count=2))
+    expect(view.part("image")).to_have_attribute("alt", "Picture 2: garden.jpg")
+    view.show({"pictures": pictures[::-1], "shown": 0, "boxes": []})
+    expect(view.part("image")).to_have_attribute("alt", "Picture 1: garden.jpg")
 
 
 def test_the_table_lists_the_boxes(view, value):
@@ -374,6 +396,7 @@ def test_the_drawn_box_stays_until_the_boxes_change_or_escape(view, value):
     expect(view.drawn()).to_have_count(1)
     view.show(value(CAR, TREE))
     expect(view.drawn()).to_have_count(0)
+    expect(view.part("status")).to_be_empty()
     before = view.heard().input_value()
     view.drag(SIZES["street.png"], 200, 60, 400, 200)
     view.drag(SIZES["street.png"], 220, 80, 500, 300)  # anew
@@ -473,6 +496,13 @@ def test_the_picture_is_saved_with_its_boxes_at_the_size_of_the_source(view, val
     assert any(colour == (0, 0, 0) for _, colour in plate)  # the letters
 
 
+def test_a_picture_that_cannot_be_saved_is_said_to_be(view, value):
+    view.show(value(CAR))
+    view.page.evaluate("() => { HTMLCanvasElement.prototype.toBlob = done => done(null) }")  # as of one too large
+    view.part("savePicture").click()
+    expect(view.part("status")).to_have_text("The picture could not be saved.")
+
+
 def test_boxes_are_saved_as_json(view, value, tmp_path):
     view.show(value(CAR, UNNAMED, FLOWER, count=2))
     with view.page.expect_download() as started:
@@ -515,8 +545,9 @@ def serious(page: Page) -> list[str]:
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_everyone_can_use_it(new_page, address, value, theme, width):
-    view = open_view(new_page(viewport={"width": width, "height": 844}), address, theme=theme)
+def test_everyone_can_use_it(page, address, value, theme, width):
+    page.set_viewport_size({"width": width, "height": 844})
+    view = open_view(page, address, theme=theme)
     assert serious(view.page) == []
     view.show(value(CAR, FLOWER, UNNAMED, count=2))
     assert serious(view.page) == []
@@ -529,25 +560,27 @@ def test_everyone_can_use_it(new_page, address, value, theme, width):
     assert serious(view.page) == []
 
 
-def test_dark_pages_have_light_letters(new_page, address, value):
+def test_dark_pages_have_light_letters(page, address, value):
     for theme, low, high in [("light", 0, 100), ("dark", 180, 255)]:
-        view = open_view(new_page(viewport={"width": 1280, "height": 900}), address, theme=theme)
+        view = open_view(page, address, theme=theme)
         view.show(value(CAR))
         colour = view.part("caption").evaluate("node => getComputedStyle(node).color")
         assert all(low <= int(part) <= high for part in re.findall(r"\d+", colour)[:3]), (theme, colour)
 
 
-def test_a_phone_shows_it_without_scrolling_sideways(new_page, address, value):
-    view = open_view(new_page(viewport={"width": 390, "height": 844}), address)
+def test_a_phone_shows_it_without_scrolling_sideways(view, value):
+    view.page.set_viewport_size({"width": 390, "height": 844})
     view.show(value({**CAR, "label": "a" * 150}, TREE))
     assert view.page.evaluate("document.scrollingElement.scrollWidth") <= 390
     assert view.part("table").evaluate("node => node.scrollWidth - node.clientWidth") <= 0
+    view.show(value({**CAR, "label": "a" * 150}, TREE, count=2))  # a column more: the table scrolls, the page does not
+    assert view.page.evaluate("document.scrollingElement.scrollWidth") <= 390
 
 
-def test_nothing_moves_where_it_should_not(new_page, address, value):
+def test_nothing_moves_where_it_should_not(view, value):
+    view.show(value(CAR))
     for motion, seconds in [("reduce", "0s"), ("no-preference", "0.12s")]:
-        view = open_view(new_page(reduced_motion=motion), address)
-        view.show(value(CAR))
+        view.page.emulate_media(reduced_motion=motion)
         expect(view.part("lines").locator("g").first).to_have_css("transition-duration", seconds)
 
 

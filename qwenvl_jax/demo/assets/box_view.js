@@ -28,7 +28,7 @@ function filled(text, words) {
   return text.replace(/\{(\w+)\}/g, (all, name) => String(words[name] ?? all));
 }
 
-/** Has a screen reader say it; also to be seen while a box is drawn. */
+/** Shows it below the picture and has a screen reader say it. */
 function say(text) {
   setText(parts.status, text);
 }
@@ -39,10 +39,8 @@ function receive() {
   view.value = {pictures, shown, boxes};
   const known = before.pictures[view.chosen]?.url;
   follow(before);
-  if (JSON.stringify(boxes) !== JSON.stringify(before.boxes) || known !== pictures[view.chosen]?.url) {
-    if (!view.drag) view.draft = view.corner = null;
-  }
-  if (view.drag && known !== shownPicture()?.url) view.drag = view.draft = null;
+  if (known !== shownPicture()?.url) forgetDraft(); // it was for the other picture
+  else if (!view.drag && JSON.stringify(boxes) !== JSON.stringify(before.boxes)) forgetDraft();
   if (view.lit !== null && view.lit >= boxes.length) view.lit = null;
   refresh();
 }
@@ -52,11 +50,12 @@ function follow(before) {
   const {pictures, shown, boxes} = view.value;
   const same = (box, place) => JSON.stringify(box) === JSON.stringify(before.boxes[place]);
   const arrived = boxes.filter((box, place) => !same(box, place) && box.image in pictures);
+  const anew = pictures[0]?.url !== before.pictures[0]?.url; // another conversation
   if (!view.drag) { // the picture stays while a box is drawn on it
-    if (shown !== null && shown !== before.shown) view.chosen = shown;
+    if (shown in pictures && (anew || shown !== before.shown)) view.chosen = shown;
     if (arrived.length) view.chosen = arrived.at(-1).image;
   }
-  if (!(view.chosen in pictures)) view.chosen = pictures.length ? shown ?? pictures.length - 1 : null;
+  if (!(view.chosen in pictures)) view.chosen = pictures.length ? pictures.length - 1 : null;
 }
 
 /** The visitor wants to see another picture. */
@@ -132,6 +131,8 @@ function pictureButton(number) {
   return button;
 }
 
+parts.hint.id = `${element.id}-hint`;
+parts.stage.setAttribute("aria-describedby", parts.hint.id);
 watchPointerOverPicture();
 listenForDrawing();
 listenForSaving();

@@ -99,6 +99,12 @@ function ordered(one, other, most) {
   return [low, Math.max(one, other, low + 1)];
 }
 
+/** Drops what was drawn and all that was begun; the toggle stays as it is. */
+function forgetDraft() {
+  if (view.draft || view.drag || view.corner) say("");
+  view.draft = view.drag = view.cross = view.corner = null;
+}
+
 function announceDraft() {
   const [x1, y1, x2, y2] = view.draft.box;
   say(filled(props.texts.chosen, {x1, y1, x2, y2}));

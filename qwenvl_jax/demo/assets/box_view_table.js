@@ -45,6 +45,7 @@ function newRow(position, names) {
     cell.classList.toggle("box-number", CORNERS.includes(name));
     if (name === "number") cell.append(rowButton(position));
     if (name === "line") cell.append(swatch());
+    if (name === "picture") cell.append(document.createElement("span"), " "); // its number, all that narrow columns show
     if (name === "label" || name === "picture") cell.append(document.createElement("bdi"));
     row.append(cell);
   }
@@ -72,6 +73,7 @@ function swatch() {
   setAttributes(line, {"stroke-width": LINE});
   const drawing = svgNode("svg", halo, line);
   setAttributes(drawing, {viewBox: "0 0 40 10", width: 40, height: 10, "aria-hidden": "true", class: "box-swatch"});
+  setAttributes(drawing, {preserveAspectRatio: "xMinYMid slice"}); // where narrower, cut off and not made smaller
   return drawing;
 }
 
@@ -92,7 +94,8 @@ function fillRow(row, box, position, style) {
       setText(cell.firstChild, label || props.texts.no_label);
       cell.classList.toggle("box-faint", !label);
     } else if (name === "picture") {
-      setText(cell.firstChild, `${box.image + 1} ${oneLine(picture?.name)}`);
+      setText(cell.firstChild, String(box.image + 1));
+      setText(cell.lastChild, oneLine(picture?.name));
     } else {
       setText(cell, String(box[name]));
     }
