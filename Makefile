@@ -19,7 +19,7 @@ JAX_TESTS := tests/nn tests/models tests/test_platforms.py tests/test_sharding.p
 	$(addprefix tests/checkpoints/test_, orbax.py peft.py weight_table.py) \
 	$(addprefix tests/training/test_, checkpoints.py optimizer.py step.py)
 
-.PHONY: demo test test-jax test-long test-browser parity lint types format env lock dist clean
+.PHONY: demo test test-jax test-long test-browser screenshots parity lint types format env lock dist clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -47,6 +47,10 @@ test-long: $(VENV)/.stamp
 test-browser: $(VENV)/.stamp
 	@command -v chromium >/dev/null || { echo "make: no chromium found; install it: apt-get install chromium"; exit 1; }
 	$(RUN) -m pytest -m browser tests/browser
+
+# The pictures of the chat page in README.md and docs/, taken anew.
+screenshots: $(VENV)/.stamp
+	$(RUN) docs/screenshots.py
 
 # Against transformers on torch, which have an environment of their own.
 parity: $(VENV)-parity/.stamp
