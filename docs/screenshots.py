@@ -129,7 +129,6 @@ PAGES: dict[str, Callable[[Visitor, Path], None]] = {
     "tutorial-chinese": conversation(("图中有什么？", "word.png"), path="/zh", element="#chat"),
     "tutorial-grounding": conversation(
         ("How many triangles are there?", "tiles.png"),
-        ("Is the blue circle left or right of the blue diamond?",),
         ("Where is the large blue diamond?",),
     ),
 }  # fmt: skip

@@ -2,9 +2,21 @@
 () => {
   const fileName = (image) => decodeURIComponent(image.src.split("/").pop());
 
+  const atTheirTop = new WeakSet();
+
+  // Gradio scrolls to the end of a conversation a moment after it is shown, and of the cards of an empty one, too.
+  const showFirstCards = (cards) => {
+    if (atTheirTop.has(cards)) return;
+    atTheirTop.add(cards);
+    setTimeout(() => cards.closest("[role=log]")?.scrollTo(0, 0), 500);
+  };
+
   // Gradio draws its parts anew as a conversation grows, without these names and roles.
   const mend = () => {
-    document.querySelectorAll("#chat .examples[role=list]").forEach((list) => list.setAttribute("role", "group"));
+    document.querySelectorAll("#chat .examples").forEach((cards) => {
+      if (cards.getAttribute("role") === "list") cards.setAttribute("role", "group");
+      showFirstCards(cards);
+    });
     document.querySelectorAll("#chat .message img[alt='']").forEach((image) => (image.alt = fileName(image)));
     const label = document.querySelector("#field [data-testid=block-info]")?.textContent;
     document.querySelector("#field textarea:not([aria-label])")?.setAttribute("aria-label", label ?? "");
