@@ -19,7 +19,7 @@ JAX_TESTS := tests/nn tests/models tests/test_platforms.py tests/test_sharding.p
 	$(addprefix tests/checkpoints/test_, orbax.py peft.py weight_table.py) \
 	$(addprefix tests/training/test_, checkpoints.py optimizer.py step.py)
 
-.PHONY: demo test test-jax test-long parity lint types format env lock dist clean
+.PHONY: demo test test-jax test-long test-browser screenshots parity lint types format env lock dist clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -33,15 +33,24 @@ demo: $(VENV)/.stamp
 	$(RUN) demo.py
 
 test: $(VENV)/.stamp
-	$(RUN) -m pytest -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(RUN) -m pytest -m "not long and not browser" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # What another JAX could break: `.ci/run` has these on Python 3.12, whose JAX is newer, and the whole suite on 3.11.
 test-jax: $(VENV)/.stamp
-	$(RUN) -m pytest -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(JAX_TESTS)
+	$(RUN) -m pytest -m "not long and not browser" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(JAX_TESTS)
 
 # What takes long: several processes, several stages, every dataset end to end. No part of `make test`.
 test-long: $(VENV)/.stamp
-	$(RUN) -m pytest -m long --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(RUN) -m pytest -m "long and not browser" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# The chat page in a real browser. Playwright drives the system's Chromium and downloads none.
+test-browser: $(VENV)/.stamp
+	@command -v chromium >/dev/null || { echo "make: no chromium found; install it: apt-get install chromium"; exit 1; }
+	$(RUN) -m pytest -m browser tests/browser
+
+# The pictures of the chat page in README.md and docs/, taken anew.
+screenshots: $(VENV)/.stamp
+	$(RUN) docs/screenshots.py
 
 # Against transformers on torch, which have an environment of their own.
 parity: $(VENV)-parity/.stamp

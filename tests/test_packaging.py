@@ -107,8 +107,11 @@ def test_the_pins_are_complete_and_fit_the_declared_bounds(lock):
         *PROJECT["optional-dependencies"]["demo"],
         *PROJECT["optional-dependencies"]["dev"],
         *PROJECT["optional-dependencies"]["eval"],
+        *PROJECT["optional-dependencies"]["serve"],
     ]
     for requirement in map(Requirement, wanted):
+        if requirement.name == "qwenvl-jax":  # an extra that takes in another
+            continue
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
 
 

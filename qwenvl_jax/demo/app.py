@@ -1,152 +1,122 @@
-"""The chat page: pictures and questions in, a growing reply and the picture with its boxes out.
+"""The chat page in the browser: the server that it asks, its own or another's, and the page itself, until a signal."""
 
-The conversation is kept as `Turn`s in the visitor's own session. What the page shows and what the model is asked are
-both derived from them, so the model's box notation survives in the history though the page hides it.
-"""
-
-import dataclasses
-import secrets
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gradio as gr
 
 from qwenvl_jax.config import UserError
-from qwenvl_jax.demo.display import readable
-from qwenvl_jax.processing.boxes import draw, parse
-from qwenvl_jax.processing.images import load_image
-from qwenvl_jax.vlm import VLM
+from qwenvl_jax.demo.client import Client
+from qwenvl_jax.demo.layout import ASSETS
+from qwenvl_jax.demo.page import build
+from qwenvl_jax.demo.pictures import MOST_BYTES, MOST_PICTURES
+from qwenvl_jax.demo.texts import EN
+from qwenvl_jax.serving import cli as serving
 
-TITLE = "Qwen-VL in JAX"
-HINT = "Add one or several pictures and ask about them. The model may be wrong."
-PICTURES = Path(__file__).parents[1] / "assets" / "pictures"
-EXAMPLES = (
-    ("Where is the yellow cross?", "word.png"),
-    ("What number is written in the picture?", "number.png"),
-    ("What is in the picture?", "tiles.png"),
+if TYPE_CHECKING:
+    import argparse
+
+    from qwenvl_jax.serving.run import Background
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+SLOTS = 4  # replies at one time on the page's own server: a demo has few visitors, and a cold start compiles less
+MOST_BODY = MOST_PICTURES * MOST_BYTES * 3 // 2  # of a request, in bytes, with room for Base64
+SECONDS_BETWEEN_LOOKS = 0.5
+CAPACITY = 200  # visitors whose conversations are kept
+THEME = gr.themes.Base(
+    primary_hue="blue",
+    neutral_hue="slate",
+    font=["system-ui", "sans-serif"],  # nothing is fetched from elsewhere
+    font_mono=["ui-monospace", "monospace"],
 )
-DAY = 24 * 3600  # seconds
 
 
-@dataclasses.dataclass(frozen=True)
-class Turn:
-    """One question with its picture files, the reply as the model wrote it, and the picture with that reply's boxes.
+def show(options: "argparse.Namespace") -> int:
+    """Serves the page until SIGTERM or SIGINT. Returns the exit status. Raises UserError.
 
-    Pictures are paths in Gradio's cache, which deletes them a day after they came.
+    options: those of `cli.py`; with `api_base` another server is asked, without it one starts in this process.
     """
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    status = 0
+    with contextlib.ExitStack() as stack:
+        if options.api_base is not None:
+            key = options.api_key or os.environ.get(KEY_VARIABLE)
+            stack.enter_context(_page(Client(options.api_base, key, options.model), options))
+            stopping.wait()
+        else:
+            listening = stack.enter_context(serving.listen("127.0.0.1", 0))
+            host, port = listening.getsockname()[:2]
+            client = Client(f"http://{host}:{port}/v1", model=_adapter_name(options))
+            stack.enter_context(_page(client, options))
+            # After the page, which is there at once and says that the model is being loaded.
+            server = stack.enter_context(_own_server(listening, options))
+            while not (stopping.wait(SECONDS_BETWEEN_LOOKS) or server.ended(0)):
+                pass
+            status = server.status or 0
+    sys.stdout.flush()
+    os._exit(status)  # a thread that compiles cannot be stopped, and should not be waited for
 
-    question: str
-    pictures: tuple[str, ...] = ()
-    reply: str = ""
-    drawn: str | None = None
+
+def _own_server(listening: socket.socket, options: "argparse.Namespace") -> "Background":
+    """`serve.py` within this process, still to be entered."""
+    from qwenvl_jax.serving.run import Background  # here, so that neither the page nor another's server wait for JAX
+
+    told = ["--checkpoint", options.checkpoint, "--slots", str(SLOTS), "--drain-seconds", "0"]
+    if options.adapter is not None:
+        told += ["--adapter", f"{_adapter_name(options)}={options.adapter}"]
+    told += ["--max-body-mb", str(MOST_BODY // 2**20), "--max-images", str(MOST_PICTURES)]
+    serve = serving.parser().parse_args(told)
+    return Background("demo", serving.settings(serve), listening, lambda say: serving.build(serve, say))
 
 
-Turns = tuple[Turn, ...]
+def _adapter_name(options: "argparse.Namespace") -> str | None:
+    """What the server calls the adapter: as its folder."""
+    return None if options.adapter is None else Path(options.adapter).resolve().name
 
 
-def build(vlm: VLM) -> gr.Blocks:
-    """The page for `vlm`, ready to launch. Visitors wait in line: the model answers one question at a time."""
-
-    def answer(submitted: dict, turns: Turns) -> Iterator[tuple]:
-        """Stream the reply to what was submitted: the chat, the turns and the input field, again and again.
-
-        The field is emptied at once, and filled again when the question could not be answered.
-        """
-        field = None
-        try:
-            for grown in _reply(vlm, (*turns, _turn(submitted))):
-                yield bubbles(grown), grown, field
-                field = gr.skip()  # the visitor may be typing the next question
-        except UserError as error:
-            gr.Warning(str(error))  # not gr.Error, which would cover the conversation
-            yield bubbles(turns), turns, submitted
-
-    def again(turns: Turns) -> Iterator[tuple]:
-        """Replace the last reply."""
-        if turns:
-            for grown in _reply(vlm, (*turns[:-1], dataclasses.replace(turns[-1], reply="", drawn=None))):
-                yield bubbles(grown), grown
-
-    def clear() -> tuple:
-        return [], ()
-
-    with gr.Blocks(title=TITLE, fill_height=True, delete_cache=(DAY, DAY), analytics_enabled=False) as page:
-        gr.Markdown(f"## {TITLE}\n{HINT}")
-        turns = gr.State(())
-        chat = gr.Chatbot(show_label=False, height="60vh", scale=1)
-        field = gr.MultimodalTextbox(
-            label="Question",
-            placeholder="Ask about the picture …",
-            file_types=["image"],
-            file_count="multiple",
-            autofocus=True,
+@contextlib.contextmanager
+def _page(client: Client, options: "argparse.Namespace") -> Iterator[str]:
+    """The page under its address."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    page = build(client)
+    try:
+        _, address, _ = page.launch(
+            server_name=options.server_name,
+            server_port=options.server_port or _free_port(options.server_name),
+            share=options.share,
+            inbrowser=options.inbrowser,
+            prevent_thread_lock=True,
+            quiet=True,
+            max_file_size=MOST_BYTES,
+            state_session_capacity=CAPACITY,
+            footer_links=["settings"],
+            ssr_mode=False,
+            theme=THEME,
+            css_paths=[ASSETS / "page.css"],
+            js=(ASSETS / "page.js").read_text(encoding="utf-8"),
         )
-        gr.Examples([{"text": question, "files": [str(PICTURES / name)]} for question, name in EXAMPLES], field)
-        field.submit(answer, [field, turns], [chat, turns, field])
-        chat.retry(again, turns, [chat, turns])
-        chat.clear(clear, None, [chat, turns])
-    return page.queue()
+    except OSError:
+        place = f"{options.server_name}:{options.server_port}"
+        raise UserError(
+            f"cannot listen on {place}, is it taken? Choose another --server-port or --server-name"
+        ) from None
+    print(f"{EN.title}: {address}", flush=True)
+    try:
+        yield address
+    finally:
+        page.close()
 
 
-def _turn(submitted: dict) -> Turn:
-    """What the input field holds. Raises UserError for an empty question or a file that is no picture."""
-    question = (submitted.get("text") or "").strip()
-    if not question:
-        raise UserError("Please write a question, too.")
-    pictures = tuple(submitted.get("files") or ())
-    for path in pictures:
-        try:
-            load_image(path)
-        except UserError as error:
-            raise UserError(str(error).replace(path, Path(path).name)) from None  # the visitor knows no other name
-    return Turn(question, pictures)
-
-
-def _reply(vlm: VLM, turns: Turns) -> Iterator[Turns]:
-    """The turns with a growing reply in the last one, at the end with its boxes drawn."""
-    text = ""
-    yield turns
-    for piece in vlm.stream(messages(turns)):
-        text += piece
-        yield (*turns[:-1], dataclasses.replace(turns[-1], reply=text))
-    yield (*turns[:-1], dataclasses.replace(turns[-1], reply=text, drawn=_boxed_picture(text, turns)))
-
-
-def _boxed_picture(text: str, turns: Turns) -> str | None:
-    """The file of the conversation's latest picture with the boxes in `text` drawn; None without a picture or a box."""
-    paths = [path for turn in turns for path in turn.pictures]
-    if not paths:
-        return None
-    picture = load_image(paths[-1])
-    boxes = parse(text, picture.size)
-    if not boxes:
-        return None
-    path = Path(paths[-1]).with_name(f"boxes-{secrets.token_hex(8)}.png")  # beside the upload, so cleaned up like it
-    draw(picture, boxes).save(path)
-    return str(path)
-
-
-def messages(turns: Turns) -> list[dict]:
-    """The conversation as the front door takes it; a last turn without a reply ends it with the question."""
-    conversation: list[dict] = []
-    for turn in turns:
-        content: list[dict] = [{"type": "image", "image": picture} for picture in turn.pictures]
-        content.append({"type": "text", "text": turn.question})
-        conversation.append({"role": "user", "content": content})
-        if turn.reply:
-            conversation.append({"role": "assistant", "content": turn.reply})
-    return conversation
-
-
-def bubbles(turns: Turns) -> list[dict]:
-    """The conversation as Gradio's chat shows it."""
-    shown: list[dict] = []
-    for turn in turns:
-        shown.append({"role": "user", "content": [*({"path": path} for path in turn.pictures), turn.question]})
-        text = readable(turn.reply)
-        reply: list = [text] if text else []
-        if turn.drawn is not None:
-            reply.append({"path": turn.drawn})
-        if reply:
-            shown.append({"role": "assistant", "content": reply})
-    return shown
+def _free_port(host: str) -> int:
+    """For port 0, which Gradio does not know."""
+    with serving.listen(host, 0) as taken:
+        return taken.getsockname()[1]

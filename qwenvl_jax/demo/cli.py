@@ -5,6 +5,7 @@ line on standard error and exit status 2.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -21,10 +22,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the demo with the given arguments (default: the command line's). Returns the exit status, 0 or 2."""
     options = _parser().parse_args(arguments)
     try:
+        if options.cpu_only:
+            os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported
         if options.ask is None:
-            _serve(options)
-        else:
-            _answer(options)
+            return _show(options)
+        _answer(options)
     except UserError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
@@ -36,15 +38,27 @@ def _parser() -> argparse.ArgumentParser:
         prog="qwenvl-demo",
         description="Ask a vision-language model about pictures: with --ask in the terminal, without in the browser.",
     )
-    parser.add_argument("-c", "--checkpoint", default="tiny", help="checkpoint folder (default: the model that ships)")
+    parser.add_argument(
+        "-c",
+        "--checkpoint",
+        "--checkpoint-path",
+        default="tiny",
+        help="checkpoint folder (default: the model that ships)",
+    )
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter of that checkpoint, in PEFT's format")
+    parser.add_argument("--cpu-only", action="store_true", help="leave accelerators alone")
     terminal = parser.add_argument_group("in the terminal")
     terminal.add_argument("--image", metavar="FILE", help="the picture, or its URL")
     terminal.add_argument("--ask", metavar="QUESTION", help="the question; the answer is printed")
     terminal.add_argument("--output", metavar="FILE", help="save the picture with the answer's boxes drawn")
     browser = parser.add_argument_group("in the browser")
     browser.add_argument("--server-name", metavar="HOST", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    browser.add_argument("--server-port", metavar="PORT", type=int, default=8000, help="port to listen on (8000)")
+    browser.add_argument(
+        "--server-port", metavar="PORT", type=int, default=8000, help="port to listen on; 0 takes a free one (8000)"
+    )
+    browser.add_argument("--api-base", metavar="URL", help="ask this server (http://HOST:PORT/v1), not an own one")
+    browser.add_argument("--api-key", metavar="KEY", help="for that server ($OPENAI_API_KEY)")
+    browser.add_argument("--model", metavar="NAME", help="of that server's models (its first)")
     browser.add_argument("--share", action="store_true", help="also make a public link, through Gradio's servers")
     browser.add_argument("--inbrowser", action="store_true", help="open the page in the default browser")
     return parser
@@ -93,29 +107,18 @@ def _save(reply, path: str) -> None:
         print(f"demo: the answer holds no box, so {path} was not written", file=sys.stderr)
 
 
-def _serve(options: argparse.Namespace) -> None:
-    """Load the model, then serve the chat page until it is interrupted."""
+def _show(options: argparse.Namespace) -> int:
+    """The chat page, until it is interrupted."""
     if options.image is not None or options.output is not None:
         raise UserError("--image and --output need --ask; without a question the demo opens the chat page")
+    if options.api_base is None and (options.api_key is not None or options.model is not None):
+        raise UserError("--api-key and --model need --api-base: the demo's own server has no key and one model")
     try:
         from qwenvl_jax.demo import app
+
+        return app.show(options)
     except ModuleNotFoundError as error:
-        if error.name != "gradio":
+        if (error.name or "").startswith("qwenvl_jax"):
             raise
-        raise UserError("the chat page needs Gradio (pip install gradio); without it, ask with --ask") from None
-
-    import qwenvl_jax
-
-    page = app.build(qwenvl_jax.load(options.checkpoint, adapter=options.adapter))
-    try:
-        page.launch(
-            server_name=options.server_name,
-            server_port=options.server_port,
-            share=options.share,
-            inbrowser=options.inbrowser,
-        )
-    except OSError:
-        place = f"{options.server_name}:{options.server_port}"
-        raise UserError(
-            f"cannot listen on {place}, is it taken? Choose another --server-port or --server-name"
-        ) from None
+        needed = f"the chat page needs packages that are not there ({error.name})"
+        raise UserError(f"{needed}: pip install 'qwenvl-jax[demo]'; without them, ask with --ask") from None

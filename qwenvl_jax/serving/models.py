@@ -10,6 +10,8 @@ from qwenvl_jax.serving.state import Server
 
 router = APIRouter()
 
+DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
 
 @router.get("/v1/models", **described(None, ModelList))
 async def list_models(request: Request) -> Response:
@@ -36,4 +38,13 @@ def _model(name: str, server: Server) -> dict:
         "root": base,
         "parent": base if name in server.settings.adapters else None,
         "max_model_len": server.max_length,
+        "generation_config": _defaults(server),
     }
+
+
+def _defaults(server: Server) -> dict | None:
+    """What a request that says nothing gets, under the names of a request's fields; None while loading."""
+    if not server.loaded:
+        return None
+    defaults = server.vlm.defaults
+    return {name: getattr(defaults, name) for name in DEFAULTS}

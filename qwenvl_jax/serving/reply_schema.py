@@ -30,6 +30,7 @@ class Model(_Response):
     root: str
     parent: str | None
     max_model_len: int | None
+    generation_config: dict[str, float] | None
 
 
 class ModelList(_Response):

@@ -42,14 +42,52 @@ def serve(
     0 after a signal, 2 where `build` raises UserError (in one line), 1 where it raises anything else. closing: is
     called with it when the engine has stopped.
     """
-    logs.configure(log_level)
+    process = _Process(settings, listening, build, log_level)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        process = _Process(settings, listening, build, log_level)
-        status = runner.run(process.run())
+        status = runner.run(process.run(signals=True))
     closing(status)
     if threading.active_count() > 1:
         leave(status)  # a thread that compiles or hangs cannot be stopped, and should not be waited for
     return status
+
+
+class Background:
+    """The same server in a thread of a process that has other work: `with Background(...) as server`.
+
+    It listens from the start and is gone at the end, where answers under way are given `drain_seconds`.
+    """
+
+    def __init__(self, name: str, settings: Settings, listening: socket.socket, build: Build):
+        """name: of the command, which begins the line that says why a model cannot be loaded."""
+        self._process = _Process(settings, listening, build, "warning", name)
+        self._thread = threading.Thread(target=self._run, name="qwenvl-serve", daemon=True)
+        self.status: int | None = None
+
+    @property
+    def address(self) -> str:
+        """`http://HOST:PORT`."""
+        return self._process.address
+
+    def __enter__(self) -> "Background":
+        self._thread.start()
+        self._process.begun.wait()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.stop()
+        self._thread.join()
+
+    def ended(self, seconds: float) -> bool:
+        """Waits that long; whether it has ended by itself, as it does when the model cannot be loaded.
+
+        `status` is its exit status then.
+        """
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            self.status = runner.run(self._process.run(signals=False))
 
 
 class _Listener(uvicorn.Server):
@@ -61,11 +99,13 @@ class _Listener(uvicorn.Server):
 
 
 class _Process:
-    def __init__(self, settings: Settings, listening: socket.socket, build: Build, log_level: str):
+    def __init__(self, settings: Settings, listening: socket.socket, build: Build, log_level: str, name: str = "serve"):
+        logs.configure(log_level)
         app = create_app(settings)
         self._server: Server = app.state.server
         self._listening = listening
         self._build = build
+        self._name = name
         config = uvicorn.Config(
             app,
             http="httptools",
@@ -82,13 +122,21 @@ class _Process:
         self._status = 0
         self._draining: asyncio.Task | None = None
         self._console = Console(highlight=False)
+        self.begun = threading.Event()
 
-    async def run(self) -> int:
-        self._loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._loop.add_signal_handler(number, self._on_signal)
+    @property
+    def address(self) -> str:
         host, port = self._listening.getsockname()[:2]
-        self._say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    async def run(self, signals: bool) -> int:
+        """signals: whether SIGTERM and SIGINT end it, for the main thread; elsewhere `stop` does."""
+        self._loop = asyncio.get_running_loop()
+        if signals:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._loop.add_signal_handler(number, self._on_signal)
+        self.begun.set()
+        self._say(f"listening on {self.address}")
         threading.Thread(target=self._load, name="qwenvl-load", daemon=True).start()
         await self._listener.serve(sockets=[self._listening])
         if self._engine is not None:
@@ -103,7 +151,7 @@ class _Process:
         try:
             vlm, engine = self._build(self._say)
         except UserError as error:
-            print(f"serve: {error}", file=sys.stderr)
+            print(f"{self._name}: {error}", file=sys.stderr)
             self._loop.call_soon_threadsafe(self._give_up, 2)
         except Exception:
             traceback.print_exc()
@@ -125,6 +173,14 @@ class _Process:
         if self._draining is not None:
             leave(0)
         self._say("stopping: no new requests, those under way are finished; once more to leave at once")
+        self._start_draining()
+
+    def stop(self) -> None:
+        """As after a first signal, from another thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended already
+            self._loop.call_soon_threadsafe(self._start_draining)
+
+    def _start_draining(self) -> None:
         self._draining = self._loop.create_task(self._drain())
 
     async def _drain(self) -> None:

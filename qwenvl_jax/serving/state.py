@@ -57,6 +57,10 @@ class Server:
         self.metrics.watch(engine)
 
     @property
+    def loaded(self) -> bool:
+        return self._vlm is not None
+
+    @property
     def vlm(self) -> VLM:
         assert self._vlm is not None  # `place` lets nobody in before
         return self._vlm
