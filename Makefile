@@ -14,10 +14,12 @@ VERSION = $$($(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])')
 PICTURE := qwenvl_jax/assets/pictures/word.png
 QUESTION := Where is the yellow cross?
 
-JAX_TESTS := tests/nn tests/models tests/test_platforms.py tests/test_sharding.py tests/test_vlm.py \
-	$(addprefix tests/inference/test_, engine.py generation.py speculation.py) \
-	$(addprefix tests/checkpoints/test_, orbax.py peft.py weight_table.py) \
-	$(addprefix tests/training/test_, checkpoints.py optimizer.py step.py)
+# Two processes, each with whole files.
+PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+JAX_TESTS := tests/nn tests/models tests/test_platforms.py tests/test_sharding.py tests/inference/test_engine.py \
+	tests/checkpoints/test_orbax.py $(addprefix tests/training/test_, checkpoints.py optimizer.py step.py)
+# Looked for when they are needed: to collect the others, too, takes half a minute.
+LONG_TESTS = $(shell grep -rl --include='test_*.py' 'mark\.long' tests)
 
 .PHONY: demo test test-jax test-long test-browser screenshots parity lint types format env lock dist clean
 .DEFAULT_GOAL := help
@@ -33,15 +35,15 @@ demo: $(VENV)/.stamp
 	$(RUN) demo.py
 
 test: $(VENV)/.stamp
-	$(RUN) -m pytest -m "not long and not browser" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(RUN) $(PYTEST) -m "not long and not browser"
 
 # What another JAX could break: `.ci/run` has these on Python 3.12, whose JAX is newer, and the whole suite on 3.11.
 test-jax: $(VENV)/.stamp
-	$(RUN) -m pytest -m "not long and not browser" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(JAX_TESTS)
+	$(RUN) $(PYTEST) -m "not long and not browser" $(JAX_TESTS)
 
 # What takes long: several processes, several stages, every dataset end to end. No part of `make test`.
 test-long: $(VENV)/.stamp
-	$(RUN) -m pytest -m "long and not browser" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(RUN) $(PYTEST) -m "long and not browser" $(LONG_TESTS)
 
 # The chat page in a real browser. Playwright drives the system's Chromium and downloads none.
 test-browser: $(VENV)/.stamp

@@ -3,6 +3,7 @@
 Not here: numerics (the model sets its own matmul precision) and model building (each test makes what it needs).
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -31,16 +32,29 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 # A second run of the suite mostly reads compiled programs back from here; the processes that tests start do, too.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# All programs, small ones too: other processes of the same run need many of them again.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update(
     "jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
 )
 
 
+# What takes long begins first, or one of two processes would wait at the end for the other's last file.
+LONGEST = ("tests/training/test_", "tests/test_vlm.py", "tests/serving/test_hosts.py", "tests/inference/test_engine")
+
+# JAX makes many objects when it traces a program, and few of them are garbage: to look for it after every 700 of them,
+# as Python does by itself, takes a twentieth of the time.
+gc.set_threshold(50_000)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Training runs first: the slowest files, which would keep one of two processes waiting at the end."""
-    items.sort(key=lambda item: not item.nodeid.startswith("tests/training/test_"))
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay until the end; nobody need look for garbage among them."""
+    gc.freeze()
 
 
 def golden_folder() -> Path:

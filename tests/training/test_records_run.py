@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import qwenvl_jax as qv
+from qwenvl_jax.training import cli
 
 ROOT = Path(__file__).parents[2]
 PICTURE = ROOT / "qwenvl_jax" / "assets" / "pictures" / "word.png"
@@ -54,20 +55,23 @@ def test_an_adapter_beside_quantised_weights_learns(records, tmp_path):
     assert adapted.chat(question).text == "purple"
 
 
-def test_bad_records_are_named_before_the_first_step(tmp_path):
+def test_bad_records_are_named_before_the_first_step(tmp_path, monkeypatch, capsys):
     path = tmp_path / "bad.json"
     path.write_text(json.dumps([record(0, "purple"), record(1, "")], indent=0))
-    done = train("configs/finetune.yaml", "--start", "tiny", "--records.files", path, "--output", tmp_path / "run")
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert "bad.json" in done.stderr
-    assert "1 records cannot be trained on" in done.stderr
+    recipe, run = str(ROOT / "configs" / "finetune.yaml"), str(tmp_path / "run")
+    flags = ["--start", "tiny", "--records.files", str(path), "--mesh.preset", "single", "--output", run]
+    monkeypatch.setattr(sys, "argv", ["train.py", recipe, *flags])
+    assert cli.main() == 2
+    error = capsys.readouterr().err
+    assert "bad.json" in error
+    assert "1 records cannot be trained on" in error
 
 
-def test_records_must_be_named(tmp_path):
-    done = train("configs/finetune.yaml", "--start", "tiny", "--output", tmp_path / "run")
-    assert done.returncode == 2
-    assert "--records.files" in done.stderr
+def test_records_must_be_named(tmp_path, monkeypatch, capsys):
+    recipe = str(ROOT / "configs" / "finetune.yaml")
+    monkeypatch.setattr(sys, "argv", ["train.py", recipe, "--start", "tiny", "--output", str(tmp_path / "run")])
+    assert cli.main() == 2
+    assert "--records.files" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_names_step_and_records(tmp_path):
