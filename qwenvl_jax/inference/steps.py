@@ -117,6 +117,13 @@ def prefill(model: QwenVL, ids, slots, lengths, features, controls: Controls, ro
     return _begun(caches, logits, Fixed(controls, in_prompt, rotary, shift, adapter), finished, lengths)
 
 
+def prefill_each(model: QwenVL, *prompts, **options) -> tuple[list[tuple[Past, State, Fixed]], Grown]:
+    """`prefill` with each row as a batch of its own, for those that stay together no longer."""
+    *together, first = prefill(model, *prompts, **options)
+    rows = range(len(first.generated))
+    return [jax.tree.map(lambda part, row=row: part[row : row + 1], tuple(together)) for row in rows], first
+
+
 def extend(
     model: QwenVL,
     ids,
@@ -135,10 +142,16 @@ def extend(
     """Reads the tokens [B, T] of prompts from `start` on, where those before are in the past; else like `prefill`.
 
     length int32 [B]: how many of the T are tokens; start int32 [1], the same for all; in_prompt bool [B, V]. The past
-    [B, N, P, H] must have room for all T after `start`.
+    [B, N, P, H] must have room for all T after `start`; what it has there is not kept.
     """
     model = with_chosen(model, adapter)
     rows, tokens = ids.shape
+    known = (jnp.arange(past.shape[1]) < start)[None, None, :]
+
+    def cleared(part):  # no mask hides what is no number
+        return jnp.where(jnp.expand_dims(known, range(3, part.ndim)), part, jnp.zeros_like(part))
+
+    past = jax.tree.map(cleared, past)
     context = model.context(Continued(start), start[:, None] + jnp.arange(tokens), rotary)
     embedded = model.embed(ids, features, slots)
     caches = [kv_cache.with_recent(k, v, CHUNK, embedded.dtype) for k, v in zip(*past, strict=True)]

@@ -1,4 +1,4 @@
-"""Attention of tokens that continue what has been read before: among themselves, and over a cache of keys and values."""
+"""Attention of tokens that continue what was read before: among themselves, and over a cache of keys and values."""
 
 from functools import partial
 from typing import NamedTuple
