@@ -27,7 +27,7 @@ from qwenvl_jax.models.qwen_vl import frequencies
 from qwenvl_jax.nn import cache as kv_cache
 
 MOST_TOKENS = 512  # read by one `PromptReader.read`, padding included
-TOGETHER = (1, 2, 4, 8)  # prompts read by one call
+TOGETHER = (1, 4)  # prompts read by one call: each is one program more for every size
 EXTENSIONS = (64, 256)  # tokens read by one call after a known beginning
 
 

@@ -29,6 +29,7 @@ def engine(small_model) -> Iterator[Engine]:
         patch.setattr(reading, "MOST_TOKENS", MOST)
         patch.setattr(engine_module, "MOST_TOKENS", MOST)
         patch.setattr(reading, "EXTENSIONS", (16, 64))
+        patch.setattr(reading, "TOGETHER", (1, 2))
         engine = Engine(Generator(small_model), TABLE, EngineOptions(slots=4, max_length=250, pictures=3))
         engine.warm_up()
         engine.start()
