@@ -18,7 +18,8 @@ from qwenvl_jax.inference import slots
 from qwenvl_jax.inference.decode import Generator
 from qwenvl_jax.inference.layout import Layout
 from qwenvl_jax.inference.sampling import SamplingOptions, controls
-from qwenvl_jax.inference.steps import decode, in_int8
+from qwenvl_jax.inference.slots import with_slots
+from qwenvl_jax.inference.steps import decode, extend, in_int8
 from qwenvl_jax.models.qwen_vl import frequencies
 from qwenvl_jax.nn.lora import LoraRecipe
 from qwenvl_jax.processing.template import Prompt
@@ -77,7 +78,11 @@ def test_encoding_prefill_and_decoding(quantize):
 
     past, state, fixed, _ = jax.eval_shape(lambda: generator.prefill(batch, wanted))
     int8 = jax.eval_shape(in_int8, past)
+    extending = generator.program(extend, Layout.batch).jitted
     for kept in (past, int8):
+        new = (*batch[:3], batch.features, wanted, frequencies(generator.config, [1]), fixed.in_prompt)
+        found = lowered(extending, generator.leaves, *new, one, np.zeros(1, bool), None, past=with_slots(kept, 600))
+        assert found.platforms == PLATFORMS
         steps = (kept, fixed, np.int32(0), np.int32(8), np.zeros(1, bool))
         found = lowered(generator.decode_steps.jitted, generator.leaves, *steps, state=state)
         assert found.platforms == PLATFORMS

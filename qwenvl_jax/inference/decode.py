@@ -19,7 +19,7 @@ from qwenvl_jax.config import UserError
 from qwenvl_jax.inference import steps
 from qwenvl_jax.inference.layout import Layout
 from qwenvl_jax.inference.programs import Counter, Program
-from qwenvl_jax.inference.sampling import Controls, SamplingOptions, controls
+from qwenvl_jax.inference.sampling import Controls
 from qwenvl_jax.inference.sharing import SHORTEST_REST, Shared, bucket, shared_beginnings
 from qwenvl_jax.inference.steps import Fixed, Grown, Past, State
 from qwenvl_jax.models.qwen_vl import QwenVL, frequencies, unstack
@@ -233,21 +233,9 @@ class Generator:
                 self.leaves, past, fixed, np.int32(used), np.int32(end), stopped, state=state
             )
 
-    def chosen(self, adapter: int) -> np.ndarray | None:
-        """int32 [1], the number of an adapter for a call of one row; None where there are none to choose from."""
-        return np.array([adapter], np.int32) if self.adapters else None
-
-    def compile_prefill(self, length: int, pictures: int) -> tuple[Past, State, Fixed, Grown]:
-        """Compiles the prefill of one prompt of `length` tokens; returns the shapes of what it gives."""
-        number = jax.ShapeDtypeStruct((1,), np.int32)
-        ids = jax.ShapeDtypeStruct((1, length), np.int32)
-        features = self.features(pictures)
-        rotary = frequencies(self.config, [1])
-        options = controls([SamplingOptions()], [], self.config.vocab_size)
-        finished = jax.ShapeDtypeStruct((1,), bool)
-        arguments = (ids, ids, number, features, options, rotary, number, finished, self.chosen(0))
-        self._prefill.compile((1, length, pictures), self.leaves, *arguments)
-        return self.layout.batch(self._prefill.result((1, length, pictures)))
+    def chosen(self, *adapters: int) -> np.ndarray | None:
+        """int32 [B], the numbers of the adapters of a call's rows; None where there are none to choose from."""
+        return np.array(adapters, np.int32) if self.adapters else None
 
     def features(self, pictures: int) -> jax.ShapeDtypeStruct:
         """The shape of the features of so many pictures, [I, Q, D]."""

@@ -6,7 +6,9 @@ shape is compiled by `warm_up`; after that a program that is not there is an err
 """
 
 import dataclasses
+import itertools
 import logging
+import math
 import os
 import threading
 import time
@@ -22,7 +24,7 @@ from qwenvl_jax.config import UserError
 from qwenvl_jax.inference import executables
 from qwenvl_jax.inference.decode import SHORTEST_BUCKET, Generator
 from qwenvl_jax.inference.prefixes import block_digests
-from qwenvl_jax.inference.reading import PromptReader
+from qwenvl_jax.inference.reading import MOST_TOKENS, PromptReader
 from qwenvl_jax.inference.reply import Reply
 from qwenvl_jax.inference.requests import Listener, Request
 from qwenvl_jax.inference.sampling import controls
@@ -35,7 +37,7 @@ from qwenvl_jax.processing.images import picture_key
 STEPS_PER_TURN = 4  # decode steps between two looks at what is new
 STEPS_OF_MANY = 8  # the same where more than MANY replies share a step: each takes longer, and has more to be told of
 MANY = 8
-TOKENS_PER_TURN = 512  # of prompts read in a turn while replies are waiting for their next token
+LOOKED_AT = 32  # requests that wait, of which some may be read together
 SMALLEST_CACHE = 128
 MOST_DRAFTS = CHUNK // 2 - 1  # two steps before the recent part of the cache is full
 CacheForm = Literal["model", "int8"]
@@ -89,7 +91,7 @@ class Engine:
         self._generator, self._table = generator, table
         prompt_sizes = _sizes(SHORTEST_BUCKET, options.max_length, between=256)
         int8 = options.cache == "int8"
-        self._reader = PromptReader(generator, prompt_sizes, options.pictures, options.prefixes, int8)
+        self._reader = PromptReader(generator, prompt_sizes, options.slots, options.pictures, options.prefixes, int8)
         self._batch = LiveBatch(generator, _batch_sizes(options.slots, options.max_length), options.speculate)
         self._work = Work(self._reader, self._batch, leader)
         self._leader = leader
@@ -283,28 +285,37 @@ class Engine:
     def _admit(self) -> None:
         """Takes in requests while there are rows; where replies are in progress, as much as may hold them up."""
         room = self._batch.most - self.running
-        budget = TOKENS_PER_TURN if self.running else None
-        while self._waiting and room and (budget is None or budget > 0):
-            reply = self._waiting[0]
-            reply.begun = reply.begun or time.monotonic()  # its pictures may take it several turns
+        budget = MOST_TOKENS if self.running else math.inf
+        while self._waiting and room:
+            with self._lock:
+                waiting = list(itertools.islice(self._waiting, LOOKED_AT))
+            replies = self._reader.together(waiting, room, budget)
+            if not replies:
+                return
+            for reply in replies:
+                reply.begun = reply.begun or time.monotonic()  # its pictures may take it several turns
             try:
-                if self._work.encode(reply) and budget is not None:
+                if self._work.encode(replies) and budget < math.inf:
                     return
-                first, computed = self._work.read(reply)
-            except Exception as error:  # of this request alone
+                read = self._work.read(replies)
+            except Exception as error:  # of one request alone
+                if len(replies) > 1:
+                    room = 1  # which one shows when they are read one by one
+                    continue
                 logger.exception("a request failed before its first token")
-                self._leave_queue(reply)
-                self._fail([reply], repr(error))
+                self._leave_queue(replies)
+                self._fail(replies, repr(error))
                 continue
-            self._leave_queue(reply)
-            mark = self._work.put()
-            self._unread.append(_Report.of(first, [reply], mark))
-            room -= 1
-            budget = None if budget is None else budget - computed
+            budget -= read.tokens
+            if read.grown is not None:
+                self._leave_queue(replies)
+                mark = self._work.put()
+                self._unread.append(_Report.of(read.grown, replies, mark))
+                room -= len(replies)
 
-    def _leave_queue(self, reply: Reply) -> None:
+    def _leave_queue(self, replies: Sequence[Reply]) -> None:
         with self._lock:
-            self._waiting.remove(reply)
+            self._waiting = deque(reply for reply in self._waiting if reply not in replies)
 
     def _read(self, report: "_Report") -> None:
         """Tells the listeners what is new, and takes replies that are done out of the batch."""
@@ -338,11 +349,11 @@ class _Report:
     """What a call gives, still on the device, for the replies that had the rows then. mark: see `LiveBatch.note`."""
 
     grown: Grown
-    replies: list[Reply | None]
+    replies: Sequence[Reply | None]
     mark: int
 
     @classmethod
-    def of(cls, grown: Grown, replies: list[Reply | None], mark: int) -> "_Report":
+    def of(cls, grown: Grown, replies: Sequence[Reply | None], mark: int) -> "_Report":
         """Begins to copy what the replies ask for."""
         if not any(reply is not None and reply.request.alternatives is not None for reply in replies):
             grown = grown._replace(choices=None)

@@ -43,10 +43,8 @@ class PictureFeatures:
             *(partial(self._stack.compile, n, generator.leaves, [one] * n) for n in pictures),
         ]
 
-    def missing(self, keys: Sequence[bytes]) -> list[int]:
-        """Places of the pictures that must be encoded first, each picture once."""
-        first = {key: place for place, key in reversed(list(enumerate(keys)))}
-        return sorted(place for key, place in first.items() if key not in self._kept)
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._kept
 
     def encode(self, keys: Sequence[bytes], pixels: np.ndarray, adapter: int) -> None:
         """Encodes pictures, float32 [I, 3, S, S] with I at most AT_ONCE[0], and keeps their features.
@@ -72,10 +70,12 @@ class PictureFeatures:
         for key in keys:
             self._kept.move_to_end(key)
         found = [self._kept[key] for key in keys] + [self._nothing] * (count - len(keys))
-        stacked = self._stack[count](self._generator.leaves, found)
+        return self._stack[count](self._generator.leaves, found)
+
+    def forget(self) -> None:
+        """Drops what is more than the capacity, once no prompt needs it that is being read."""
         while len(self._kept) > self._capacity:
             self._kept.popitem(last=False)
-        return stacked
 
 
 def _encode_each(model: QwenVL, pixels: jax.Array, adapter: jax.Array | None) -> tuple[jax.Array, ...]:

@@ -10,9 +10,9 @@ import jax
 from qwenvl_jax.config import UserError
 from qwenvl_jax.inference.decode import Generator
 from qwenvl_jax.inference.engine import EngineOptions
-from qwenvl_jax.inference.reading import EXTENSIONS
+from qwenvl_jax.inference.reading import EXTENSIONS, MOST_TOKENS
 from qwenvl_jax.inference.steps import CHUNK
-from qwenvl_jax.nn.attention import LONGEST_DENSE
+from qwenvl_jax.nn.continued_attention import BLOCK
 
 GIB = 2**30
 SCALE = 4  # bytes, of a token and head in 8 bits
@@ -49,7 +49,7 @@ def plan_memory(generator: Generator, options: EngineOptions, available: int | N
     array = stored // (2 * config.num_hidden_layers) * options.slots * options.max_length
     queries, width = config.visual.n_queries, config.hidden_size
     longest = options.max_length + EXTENSIONS[-1]
-    scores = 4 * config.num_attention_heads // heads * min(longest, LONGEST_DENSE) * longest
+    scores = 4 * config.num_attention_heads // heads * MOST_TOKENS * BLOCK
     return MemoryPlan(
         weights=sum(held(leaf) for leaf in generator.leaves),
         cache=(options.slots * (stored * options.max_length + computed * CHUNK) + array) // rows,

@@ -23,6 +23,7 @@ class Prefix(NamedTuple):
 
     past: Past
     length: int
+    owner: bytes | None = None  # its name in the cache
 
 
 def block_digests(
@@ -60,9 +61,13 @@ class PrefixCache:
         for count in range(min(len(digests), (length - 1) // BLOCK), 0, -1):
             owner = self._owner.get(digests[count - 1])
             if owner is not None:
-                self._pasts.move_to_end(owner)
-                return Prefix(self._pasts[owner][0], count * BLOCK)
+                return Prefix(self._pasts[owner][0], count * BLOCK, owner)
         return None
+
+    def use(self, prefix: Prefix) -> None:
+        """Says that one is made use of, just after it was found."""
+        if prefix.owner is not None:
+            self._pasts.move_to_end(prefix.owner)
 
     def keep(self, digests: list[bytes], past: Past) -> None:
         """Adds the past of a prompt."""

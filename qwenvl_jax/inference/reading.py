@@ -1,8 +1,11 @@
 """Reads the prompts of an engine's requests: encodes pictures, finds what was read before, computes the rest.
 
-Gives a reply with its first token, ready to join the live batch. When that is done is the engine's business.
+Gives replies with their first tokens, ready to join the live batch. Prompts of one size are read by one call; a long
+one, or one that begins like another, by several, and not all of these at once. When that is done is the engine's
+business.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -17,13 +20,15 @@ from qwenvl_jax.inference.layout import Layout
 from qwenvl_jax.inference.prefixes import Prefix, PrefixCache
 from qwenvl_jax.inference.programs import Program
 from qwenvl_jax.inference.reply import Reply
-from qwenvl_jax.inference.sampling import SamplingOptions, controls
+from qwenvl_jax.inference.sampling import Controls, SamplingOptions, controls
 from qwenvl_jax.inference.slots import Prefilled, each, with_slots
-from qwenvl_jax.inference.steps import Fixed, Grown, Past, State
+from qwenvl_jax.inference.steps import Fixed, Grown, Past
 from qwenvl_jax.models.qwen_vl import frequencies
 from qwenvl_jax.nn import cache as kv_cache
 
-EXTENSIONS = (64, 256)  # tokens read by one call after a known prefix
+MOST_TOKENS = 512  # read by one `PromptReader.read`, padding included
+TOGETHER = (1, 4)  # prompts read by one call: each is one program more for every size
+EXTENSIONS = (64, 256)  # tokens read by one call after a known beginning
 
 
 class Piece(NamedTuple):
@@ -34,123 +39,233 @@ class Piece(NamedTuple):
     size: int
 
 
+class Begun(NamedTuple):
+    """A prompt of which some has been read, and what is left of it."""
+
+    reply: Reply
+    past: Past
+    pieces: list[Piece]
+
+
+class Read(NamedTuple):
+    """What a `PromptReader.read` has given: nothing but the number of tokens while a prompt is only begun."""
+
+    tokens: int  # computed, padding included
+    prompts: list[Prefilled]
+    grown: Grown | None
+
+
 class PromptReader:
-    """sizes: lengths that prompts are padded to, ascending. pictures: how many are kept; prefixes: slots kept; int8:
-    whether keys and values are stored in 8 bits from then on when a prompt has been read.
+    """sizes: lengths that prompts are padded to, ascending. together: the most prompts that one call may read.
+    pictures: how many are kept; prefixes: slots kept; int8: whether keys and values are stored in 8 bits as soon as
+    they have been computed.
 
     Not for several threads.
     """
 
-    def __init__(self, generator: Generator, sizes: Sequence[int], pictures: int, prefixes: int, int8: bool):
+    def __init__(
+        self, generator: Generator, sizes: Sequence[int], together: int, pictures: int, prefixes: int, int8: bool
+    ):
         self.features = PictureFeatures(generator, pictures)
         self.prefixes = PrefixCache(prefixes)
         self._generator, self._sizes = generator, tuple(sizes)
+        self._rows = {
+            size: [rows for rows in TOGETHER if rows <= together and rows * size <= MOST_TOKENS]
+            for size in sizes
+            if size <= MOST_TOKENS
+        }
         self._queries = generator.config.visual.n_queries
         self._room = sizes[-1] + EXTENSIONS[-1]  # the last extension may reach behind the longest prompt
+        self._whole = generator.program(steps.prefill_each, Layout.batch)
         self._extend = generator.program(steps.extend, Layout.batch, donate_argnames="past")
         self._resize = Program(kv_cache.resized, generator.programs, Layout.tokens, static_argnames="slots")
         self._in_int8 = Program(steps.in_int8, generator.programs, Layout.batch) if int8 else None
+        self._begun: Begun | None = None
 
     def compile(self) -> tuple[list[Callable[[], None]], dict[int, Prefilled]]:
         """What compiles all programs, and the shapes that a prompt of each size will then have, by size."""
         shapes: dict[int, Prefilled] = {}
+        smallest = self._sizes[0]
 
-        def prefill(size: int) -> None:
-            past, state, fixed, _ = self._generator.compile_prefill(size, self._pictures_in(size))
+        def whole(size: int) -> None:
+            past, state, fixed = self._compile_whole(size, 1)
             if self._in_int8 is not None:
                 self._in_int8.compile(size, past)
                 past = self._generator.layout.batch(self._in_int8.result(size))
-            shapes[size] = Prefilled(past, state, fixed)
-            wide = with_slots(past, self._room)
-            self._resize.compile((size, self._room), past.k[0], slots=self._room)
-            self._resize.compile((self._room, size), wide.k[0], slots=size)
-            if size == self._sizes[0]:
+            for slots in (size,) if size > smallest else (size, *(long for long in self._sizes if long > MOST_TOKENS)):
+                shapes[slots] = Prefilled(with_slots(past, slots), state, fixed)
+                wide = with_slots(past, self._room)
+                self._resize.compile((slots, self._room), shapes[slots].past.k[0], slots=self._room)
+                self._resize.compile((self._room, slots), wide.k[0], slots=slots)
+            if size == smallest:
+                self._empty = Prefix(self._generator.layout.zeros(past), 0)
                 for extension in EXTENSIONS:
                     self._compile_extension(extension, wide, fixed)
 
-        counts = {self._pictures_in(size) for size in self._sizes} | {self._pictures_in(size, 2) for size in EXTENSIONS}
-        return [*self.features.compile(sorted(counts)), *(partial(prefill, size) for size in self._sizes)], shapes
+        groups = [(size, rows) for size, counts in self._rows.items() for rows in counts]
+        counts = {rows * self._pictures_in(size) for size, rows in groups}
+        counts |= {self._pictures_in(size, 2) for size in EXTENSIONS}
+        return [
+            *self.features.compile(sorted(counts)),
+            *(partial(whole, size) for size in self._rows),
+            *(partial(self._compile_whole, size, rows) for size, rows in groups if rows > 1),
+        ], shapes
 
-    def encode(self, reply: Reply) -> bool:
-        """Encodes pictures that a prompt lacks, as many as may be at once. Whether there were any."""
-        request, prefix = reply.request, self._prefix(reply)
-        slots = request.prompt.image_slots[0 if prefix is None else prefix.length :]
-        needed = np.unique(slots[slots >= 0] // self._queries)
-        keys = [request.picture_keys[picture] for picture in needed]
-        missing = self.features.missing(keys)[: AT_ONCE[0]]
+    def together(self, waiting: Sequence[Reply], most: int, budget: float = math.inf) -> list[Reply]:
+        """The first of those that wait and others, `most` at the most, that one call may read with it.
+
+        None at all where that would take more than `budget` tokens. Prompts that begin alike are not read together:
+        what the first has read saves the others the most of their own.
+        """
+        first = self._beginning(waiting[0])
+        length = len(waiting[0].request.prompt.input_ids)
+        if first is not None:
+            needed = sum(piece.size for piece in _pieces(first.length, length))
+            return [waiting[0]] if min(needed, MOST_TOKENS) <= budget else []
+        size = self._size(length)
+        found: list[Reply] = []
+        begins: set[bytes] = set()
+        for reply in waiting:
+            alike = self._size(len(reply.request.prompt.input_ids)) == size and begins.isdisjoint(reply.blocks[:1])
+            if alike and self._beginning(reply) is None:
+                found.append(reply)
+                begins.update(reply.blocks[:1])
+        most = min(most, len(found))
+        return found[: max((rows for rows in self._rows[size] if rows <= most and rows * size <= budget), default=0)]
+
+    def encode(self, replies: Sequence[Reply]) -> bool:
+        """Encodes pictures that the next `read` lacks, as many as may be at once. Whether there were any."""
+        missing: dict[bytes, np.ndarray] = {}
+        for reply in replies:
+            request, adapter = reply.request, reply.request.adapter
+            for picture in self._needed(reply):
+                key = request.picture_keys[picture]
+                if len(missing) < AT_ONCE[0] and key not in missing and key not in self.features:
+                    missing[key] = request.prompt.pixels[picture]
+                    reply.encoded += 1
+            if missing and self._generator.adapts_pictures:
+                break  # the next one may have another adapter
         if missing:
-            pixels = request.prompt.pixels[needed[missing]]
-            self.features.encode([keys[place] for place in missing], pixels, request.adapter)
-            reply.encoded += len(missing)
+            self.features.encode(list(missing), np.stack(list(missing.values())), adapter)
         return bool(missing)
 
-    def read(self, reply: Reply) -> tuple[Prefilled, Grown, int]:
-        """The reply with its first token, what that call has given, and the number of tokens computed."""
-        while self.encode(reply):
+    def read(self, replies: Sequence[Reply]) -> Read:
+        """Reads prompts that are read `together`, or some more of the one."""
+        while self.encode(replies):
             pass
+        beginning = self._beginning(replies[0])
+        read = self._read_whole(replies) if beginning is None else self._go_on(replies[0], beginning)
+        for reply, prompt in zip(replies, read.prompts, strict=False):
+            self.features.count(len(reply.request.picture_keys), reply.encoded)
+            self.prefixes.count(len(reply.request.prompt.input_ids), reply.cached)
+            self.prefixes.keep(reply.blocks, prompt.past)
+        self.features.forget()
+        return read
+
+    def _size(self, length: int) -> int:
+        return next(size for size in self._sizes if size >= length)
+
+    def _beginning(self, reply: Reply) -> Prefix | None:
+        """What is known of a prompt, if it goes on from there; None for one that is read as a whole."""
+        if self._begun is not None and self._begun.reply is reply:
+            return Prefix(self._begun.past, self._begun.pieces[0].start)
         length = len(reply.request.prompt.input_ids)
-        size = next(size for size in self._sizes if size >= length)
-        prefix = self._prefix(reply)
-        pieces = [] if prefix is None else _pieces(prefix.length, length)
-        computed = sum(piece.size for piece in pieces)
-        if prefix is not None and computed < size:
-            (past, state, fixed, grown), reply.cached = self._continued(reply, prefix, pieces, size), prefix.length
-        else:
-            past, state, fixed, grown = self._whole(reply, size)
-            computed = size
-        self.features.count(len(reply.request.picture_keys), reply.encoded)
-        self.prefixes.count(length, reply.cached)
-        self.prefixes.keep(reply.blocks, past)
-        return Prefilled(past, state, fixed), grown, computed
+        size, prefix = self._size(length), self.prefixes.find(reply.blocks, length)
+        if size not in self._rows:
+            return prefix or self._empty
+        saves = prefix is not None and sum(piece.size for piece in _pieces(prefix.length, length)) < size
+        return prefix if saves else None
 
-    def _prefix(self, reply: Reply) -> Prefix | None:
-        return self.prefixes.find(reply.blocks, len(reply.request.prompt.input_ids))
+    def _needed(self, reply: Reply) -> np.ndarray:
+        """The numbers of the pictures in the tokens that are read next."""
+        beginning = self._beginning(reply)
+        start = 0 if beginning is None else beginning.length
+        slots = reply.request.prompt.image_slots[start : start + MOST_TOKENS]
+        return np.unique(slots[slots >= 0] // self._queries)
 
-    def _whole(self, reply: Reply, size: int) -> tuple[Past, State, Fixed, Grown]:
-        request = reply.request
-        features = self.features.stack(request.picture_keys, self._pictures_in(size))
-        batch = self._generator.batch([request.prompt], room=1, features=features, length=size)
-        chosen = self._generator.chosen(request.adapter)
-        past, state, fixed, grown = self._generator.prefill(batch, reply.controls, adapter=chosen)
-        return past if self._in_int8 is None else self._in_int8[size](past), state, fixed, grown
+    def _read_whole(self, replies: Sequence[Reply]) -> Read:
+        requests = [reply.request for reply in replies]
+        size, rows = self._size(len(requests[0].prompt.input_ids)), len(requests)
+        keys = [key for request in requests for key in request.picture_keys]
+        features = self.features.stack(keys, rows * self._pictures_in(size))
+        batch = self._generator.batch([one.prompt for one in requests], room=1, features=features, length=size)
+        before = np.cumsum([0, *(len(one.picture_keys) for one in requests[:-1])], dtype=np.int32)[:, None]
+        slots = np.where(batch.slots < 0, batch.slots, batch.slots + before * self._queries)
+        prompts, grown = self._whole[size, rows](
+            self._generator.leaves, batch.ids, slots, batch.lengths, features,
+            jax.tree.map(lambda *one: np.concatenate(one), *(reply.controls for reply in replies)),
+            frequencies(self._generator.config, batch.lengths), np.zeros(rows, np.int32), np.zeros(rows, bool),
+            self._generator.chosen(*(one.adapter for one in requests)),
+        )  # fmt: skip
+        if self._in_int8 is not None:
+            prompts = [(self._in_int8[size](past), *rest) for past, *rest in prompts]
+        return Read(rows * size, [Prefilled(*prompt) for prompt in prompts], grown)
 
-    def _continued(
-        self, reply: Reply, prefix: Prefix, pieces: Sequence[Piece], size: int
-    ) -> tuple[Past, State, Fixed, Grown]:
-        prompt = reply.request.prompt
-        rotary = frequencies(self._generator.config, [len(prompt.input_ids)])
+    def _go_on(self, reply: Reply, beginning: Prefix) -> Read:
+        """Reads a prompt from its beginning on, as much as may be at once."""
+        begun, self._begun = self._begun, None
+        length = len(reply.request.prompt.input_ids)
+        if begun is None or begun.reply is not reply:
+            self.prefixes.use(beginning)
+            reply.cached = beginning.length
+            past = each(self._resize[beginning.past.shape[1], self._room], [beginning.past])
+            begun = Begun(reply, past, _pieces(beginning.length, length))
+        past, tokens = begun.past, 0
+        for place, piece in enumerate(begun.pieces):
+            if tokens + piece.size > MOST_TOKENS:
+                self._begun = Begun(reply, past, begun.pieces[place:])
+                return Read(tokens, [], None)
+            past, state, fixed, grown = self._read_piece(reply, piece, past)
+            tokens += piece.size
+        past = each(self._resize[self._room, self._size(length)], [past])
+        return Read(tokens, [Prefilled(past, state, fixed)], grown)
+
+    def _read_piece(self, reply: Reply, piece: Piece, past: Past) -> tuple:
+        """What `steps.extend` gives. Uses up the past."""
+        prompt, (start, end, size) = reply.request.prompt, piece
+        ids, slots = np.zeros((1, size), np.int32), np.full((1, size), -1, np.int32)
+        ids[0, : end - start], slots[0, : end - start] = prompt.input_ids[start:end], prompt.image_slots[start:end]
+        pictures = np.unique(slots[slots >= 0] // self._queries)
+        first = pictures[0] if len(pictures) else 0  # those of a piece follow one another
+        slots = np.where(slots < 0, slots, slots - first * self._queries).astype(np.int32)
+        keys = [reply.request.picture_keys[picture] for picture in pictures]
         in_prompt = np.zeros((1, self._generator.config.vocab_size), bool)
         in_prompt[0, prompt.input_ids] = True
-        past = each(self._resize[prefix.past.shape[1], self._room], [prefix.past])
-        for start, end, padded in pieces:
-            ids, slots = np.zeros((1, padded), np.int32), np.full((1, padded), -1, np.int32)
-            ids[0, : end - start], slots[0, : end - start] = prompt.input_ids[start:end], prompt.image_slots[start:end]
-            pictures = np.unique(slots[slots >= 0] // self._queries)
-            first = pictures[0] if len(pictures) else 0  # those of a piece follow one another
-            slots = np.where(slots < 0, slots, slots - first * self._queries).astype(np.int32)
-            keys = [reply.request.picture_keys[picture] for picture in pictures]
-            features = self.features.stack(keys, self._pictures_in(padded, 2))
-            places = np.array([end - start], np.int32), np.array([start], np.int32)
-            past, state, fixed, grown = self._extend[padded](
-                self._generator.leaves, ids, slots, places[0], features, reply.controls, rotary, in_prompt, places[1],
-                np.zeros(1, bool), self._generator.chosen(reply.request.adapter), past=past,
-            )  # fmt: skip
-        return each(self._resize[self._room, size], [past]), state, fixed, grown
+        return self._extend[size](
+            self._generator.leaves, ids, slots, np.array([end - start], np.int32),
+            self.features.stack(keys, self._pictures_in(size, 2)), reply.controls,
+            frequencies(self._generator.config, [len(prompt.input_ids)]), in_prompt, np.array([start], np.int32),
+            np.zeros(1, bool), self._generator.chosen(reply.request.adapter), past=past,
+        )  # fmt: skip
 
     def _pictures_in(self, length: int, cut: int = 0) -> int:
         """How many pictures so many tokens can have, `cut` of them in part; one at least, which text has nowhere."""
         return max(length // (self._queries + 2) + cut, 1)  # with the tags around it
 
+    def _compile_whole(self, size: int, rows: int) -> tuple:
+        """Returns the shapes of the first row: past, state and fixed."""
+        ids, number = jax.ShapeDtypeStruct((rows, size), np.int32), jax.ShapeDtypeStruct((rows,), np.int32)
+        rotary = frequencies(self._generator.config, [1] * rows)
+        features = self._generator.features(rows * self._pictures_in(size))
+        self._whole.compile(
+            (size, rows), self._generator.leaves, ids, ids, number, features, self._options(rows), rotary, number,
+            jax.ShapeDtypeStruct((rows,), bool), self._generator.chosen(*[0] * rows),
+        )  # fmt: skip
+        return self._generator.layout.batch(self._whole.result((size, rows)))[0][0]
+
     def _compile_extension(self, size: int, past: Past, fixed: Fixed) -> None:
         ids, number = jax.ShapeDtypeStruct((1, size), np.int32), jax.ShapeDtypeStruct((1,), np.int32)
         features = self._generator.features(self._pictures_in(size, 2))
-        options = controls([SamplingOptions()], [], self._generator.config.vocab_size)
         rotary = frequencies(self._generator.config, [1])
         in_prompt = jax.ShapeDtypeStruct(fixed.in_prompt.shape, bool)
         self._extend.compile(
-            size, self._generator.leaves, ids, ids, number, features, options, rotary, in_prompt, number,
+            size, self._generator.leaves, ids, ids, number, features, self._options(1), rotary, in_prompt, number,
             jax.ShapeDtypeStruct((1,), bool), self._generator.chosen(0), past=past,
         )  # fmt: skip
+
+    def _options(self, rows: int) -> Controls:
+        """Some, of the shapes that all have."""
+        return controls([SamplingOptions()] * rows, [], self._generator.config.vocab_size)
 
 
 def _pieces(start: int, length: int) -> list[Piece]:

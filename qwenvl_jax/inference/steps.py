@@ -16,8 +16,9 @@ from qwenvl_jax.inference.speculation import NOTHING, draftable, drafted
 from qwenvl_jax.models.qwen_vl import QwenVL
 from qwenvl_jax.nn import cache as kv_cache
 from qwenvl_jax.nn.adapter_bank import with_chosen
-from qwenvl_jax.nn.attention import causal_mask
+from qwenvl_jax.nn.continued_attention import Continued
 from qwenvl_jax.nn.int8_tokens import TokenArray, quantised, stored_like
+from qwenvl_jax.nn.row_attention import PackedRows
 
 CHUNK = 32  # tokens that a reply may grow by before its cache is flushed, and the most steps of one call
 MOST_ALTERNATIVES = 20  # tokens whose log-probabilities are kept beside that of the chosen one
@@ -94,6 +95,11 @@ def forward(model: QwenVL, ids, slots, features, mask, positions, rotary):
     return model(model.embed(ids, features, slots), context)
 
 
+def _causal(length: int) -> PackedRows:
+    """The mask of right-padded prompts. Padding comes after the tokens of a row, so it is hidden from them anyway."""
+    return PackedRows(jnp.ones((1, length), jnp.int32), longest=length)
+
+
 def prefill(model: QwenVL, ids, slots, lengths, features, controls: Controls, rotary, shift, finished, adapter=None):
     """Reads prompts [B, T] and chooses the first token of each reply. Returns past, state, fixed and those tokens.
 
@@ -101,16 +107,21 @@ def prefill(model: QwenVL, ids, slots, lengths, features, controls: Controls, ro
     """
     model = with_chosen(model, adapter)
     rows, length = ids.shape
-    # Padding comes after the tokens of a row, so the causal mask hides it.
-    mask = causal_mask(jnp.ones((1, length), bool))
     positions = shift[:, None] + jnp.arange(length)
-    hidden, kv = forward(model, ids, slots, features, mask, positions, rotary)
+    hidden, kv = forward(model, ids, slots, features, _causal(length), positions, rotary)
     logits = model.logits(hidden[jnp.arange(rows), lengths - 1])
 
     real = jnp.where(jnp.arange(length) < lengths[:, None], ids, logits.shape[-1])
     in_prompt = jnp.zeros(logits.shape, bool).at[jnp.arange(rows)[:, None], real].set(True, mode="drop")
     caches = [kv_cache.start(k, v, CHUNK) for k, v in kv]
     return _begun(caches, logits, Fixed(controls, in_prompt, rotary, shift, adapter), finished, lengths)
+
+
+def prefill_each(model: QwenVL, *prompts, **options) -> tuple[list[tuple[Past, State, Fixed]], Grown]:
+    """`prefill` with each row as a batch of its own, for those that stay together no longer."""
+    *together, first = prefill(model, *prompts, **options)
+    rows = range(len(first.generated))
+    return [jax.tree.map(lambda part, row=row: part[row : row + 1], tuple(together)) for row in rows], first
 
 
 def extend(
@@ -131,26 +142,32 @@ def extend(
     """Reads the tokens [B, T] of prompts from `start` on, where those before are in the past; else like `prefill`.
 
     length int32 [B]: how many of the T are tokens; start int32 [1], the same for all; in_prompt bool [B, V]. The past
-    [B, N, P, H] must have room for all T after `start`.
+    [B, N, P, H] must have room for all T after `start`; what it has there is not kept.
     """
     model = with_chosen(model, adapter)
     rows, tokens = ids.shape
-    old = jnp.broadcast_to(jnp.arange(past.shape[1]) < start, (tokens, past.shape[1]))
-    mask = jnp.concatenate([old, jnp.tril(jnp.ones((tokens, tokens), bool))], axis=1)[None]
-    context = model.context(mask, start[:, None] + jnp.arange(tokens), rotary, cache_slot=jnp.int32(0))
+    known = (jnp.arange(past.shape[1]) < start)[None, None, :]
+
+    def cleared(part):  # no mask hides what is no number
+        return jnp.where(jnp.expand_dims(known, range(3, part.ndim)), part, jnp.zeros_like(part))
+
+    past = jax.tree.map(cleared, past)
+    context = model.context(Continued(start), start[:, None] + jnp.arange(tokens), rotary)
     embedded = model.embed(ids, features, slots)
-    caches = [kv_cache.with_recent(k, v, tokens, embedded.dtype) for k, v in zip(*past, strict=True)]
-    hidden, caches = model(embedded, context, caches)
+    caches = [kv_cache.with_recent(k, v, CHUNK, embedded.dtype) for k, v in zip(*past, strict=True)]
+    hidden, kv = model(embedded, context, caches)
     logits = model.logits(hidden[jnp.arange(rows), length - 1])
 
     def filled(old, new):
         def written(old, new):
             return jax.lax.dynamic_update_slice_in_dim(old, new, start[0], axis=2)
 
-        return jax.tree.map(written, old, stored_like(old, new))
+        return jax.tree.map(written, old, stored_like(old, new.transpose(0, 2, 1, 3)))
 
-    pasts = [(filled(cache.past_k, cache.recent_k), filled(cache.past_v, cache.recent_v)) for cache in caches]
-    caches = [kv_cache.with_recent(k, v, CHUNK, embedded.dtype) for k, v in pasts]
+    caches = [
+        cache._replace(past_k=filled(cache.past_k, k), past_v=filled(cache.past_v, v))
+        for cache, (k, v) in zip(caches, kv, strict=True)
+    ]
     fixed = Fixed(controls, in_prompt, rotary, jnp.zeros(rows, jnp.int32), adapter)
     return _begun(caches, logits, fixed, finished, start + length)
 
@@ -344,12 +361,13 @@ def in_int8(past: tuple[list[jax.Array], list[jax.Array]]) -> Past:
 def all_logits(model: QwenVL, ids, slots, lengths, features, valid, rotary) -> jax.Array:
     """float32 [B, T, V] of whole sequences; valid bool [B, T]."""
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    return model.logits(forward(model, ids, slots, features, causal_mask(valid), positions, rotary)[0])
+    rows = PackedRows(valid.astype(jnp.int32), longest=ids.shape[1])
+    return model.logits(forward(model, ids, slots, features, rows, positions, rotary)[0])
 
 
 def score(model: QwenVL, ids, slots, lengths, features, rotary, positions, targets) -> jax.Array:
     """float32 [B, K]: log-likelihood of targets int [B, K] as the tokens after positions int [B, K]."""
     every = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    hidden, _ = forward(model, ids, slots, features, causal_mask(jnp.ones((1, ids.shape[1]), bool)), every, rotary)
+    hidden, _ = forward(model, ids, slots, features, _causal(ids.shape[1]), every, rotary)
     logits = model.logits(jnp.take_along_axis(hidden, positions[..., None], axis=1))
     return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from qwenvl_jax.inference.reading import PromptReader
+from qwenvl_jax.inference.reading import PromptReader, Read
 from qwenvl_jax.inference.reply import Reply
 from qwenvl_jax.inference.requests import Request
 from qwenvl_jax.inference.sampling import Controls
@@ -42,29 +42,29 @@ class Work:
 
     def __init__(self, reader: PromptReader, batch: LiveBatch, leader: Leader | None):
         self._reader, self._batch, self._leader = reader, batch, leader
-        self._head: Reply | None = None  # the request that is being read: the first of the queue, until it leaves it
-        self._read: Prefilled | None = None  # it, when it has been read
+        self._group: list[Reply] = []  # requests that are being read, until they have a row
+        self._prompts: list[Prefilled] = []  # theirs, when they have been read
 
-    def encode(self, reply: Reply) -> bool:
+    def encode(self, replies: list[Reply]) -> bool:
         """`PromptReader.encode`."""
-        self._begin(reply)
+        self._begin(replies)
         with self._told("encode"):
-            return self._reader.encode(reply)
+            return self._reader.encode(replies)
 
-    def read(self, reply: Reply) -> tuple[Grown, int]:
-        """`PromptReader.read`, without what `put` is to take in."""
-        self._begin(reply)
+    def read(self, replies: list[Reply]) -> Read:
+        """`PromptReader.read`."""
+        self._begin(replies)
         with self._told("read"):
-            self._read, grown, computed = self._reader.read(reply)
-        return grown, computed
+            read = self._reader.read(replies)
+        self._prompts = read.prompts
+        return read
 
     def put(self) -> int:
-        """`LiveBatch.put` of what was read last."""
+        """`LiveBatch.put` of each that was read last."""
         with self._told("put"):
-            assert self._head is not None
-            assert self._read is not None
-            mark = self._batch.put(self._head, self._read, self._head.request.prompt.input_ids)
-        self._head = self._read = None
+            for reply, prompt in zip(self._group, self._prompts, strict=True):
+                mark = self._batch.put(reply, prompt, reply.request.prompt.input_ids)
+        self._group, self._prompts = [], []
         return mark
 
     def allow(self, reply: Reply, tokens: np.ndarray) -> None:
@@ -101,8 +101,8 @@ class Work:
         """Does what a leader tells."""
         calls: dict[str, Callable[..., Any]] = {
             "begin": self._expect,
-            "encode": lambda: self.encode(self._expected()),
-            "read": lambda: self.read(self._expected()),
+            "encode": lambda: self.encode(self._group),
+            "read": lambda: self.read(self._group),
             "put": self.put,
             "allow": lambda row, tokens: self.allow(self._batch.replies[row], tokens),
             "drop": lambda row: self.drop(self._batch.replies[row]),
@@ -114,23 +114,21 @@ class Work:
         for name, *arguments in orders:
             calls[name](*arguments)
 
-    def _begin(self, reply: Reply) -> None:
-        """Tells what a request is, once; it may have waited for others to be encoded, or have been cancelled."""
-        if reply is self._head:
+    def _begin(self, replies: list[Reply]) -> None:
+        """Tells what the requests are, each once; some may have waited for others to be encoded."""
+        if replies == self._group:
             return
         if self._leader is not None:
-            prompt = dataclasses.replace(reply.request.prompt, sources=[])
-            request = dataclasses.replace(reply.request, prompt=prompt, constraint=None)
-            with self._told("begin", request, reply.controls, reply.blocks):
+            told = [self._group.index(reply) if reply in self._group else _told(reply) for reply in replies]
+            with self._told("begin", told):
                 pass
-        self._head = reply
+        self._group = replies
 
-    def _expect(self, request: Request, controls: Controls, blocks: list[bytes]) -> None:
-        self._head = Reply(request, lambda update: None, controls, blocks, {})
-
-    def _expected(self) -> Reply:
-        assert self._head is not None
-        return self._head
+    def _expect(self, told: list[int | tuple[Request, Controls, list[bytes]]]) -> None:
+        self._group = [
+            self._group[one] if isinstance(one, int) else Reply(one[0], lambda update: None, *one[1:], {})
+            for one in told
+        ]
 
     @contextlib.contextmanager
     def _told(self, *order: Any) -> Iterator[None]:
@@ -143,3 +141,9 @@ class Work:
         except Exception as error:
             self._leader.give_up(f"{order[0]} failed here, and may not have elsewhere: {error!r}")
             raise HostsPart from error
+
+
+def _told(reply: Reply) -> tuple[Request, Controls, list[bytes]]:
+    """What other hosts need to know of a request."""
+    prompt = dataclasses.replace(reply.request.prompt, sources=[])
+    return dataclasses.replace(reply.request, prompt=prompt, constraint=None), reply.controls, reply.blocks

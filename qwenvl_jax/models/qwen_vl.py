@@ -18,6 +18,7 @@ from qwenvl_jax.models.resampler import Resampler
 from qwenvl_jax.models.vit import Vit
 from qwenvl_jax.nn import cache as kv_cache
 from qwenvl_jax.nn.attention import PackedBlocks, attend, attend_packed
+from qwenvl_jax.nn.continued_attention import Continued, attend_continued
 from qwenvl_jax.nn.linear import Embedding, Linear
 from qwenvl_jax.nn.norm import LayerNorm, RMSNorm
 from qwenvl_jax.nn.rope import inverse_frequencies, logn_scale, ntk_alpha, rotary_table, rotate
@@ -37,8 +38,8 @@ REMAT_POLICIES = {
 class Context(NamedTuple):
     """What attention needs to know about a batch of tokens besides the tokens; the same for every layer."""
 
-    # bool [B, T, S], True where a query may look, or what says the same of packed rows
-    mask: jax.Array | PackedBlocks | PackedRows
+    # bool [B, T, S], True where a query may look, or what says the same of packed rows and of tokens after a past
+    mask: jax.Array | PackedBlocks | PackedRows | Continued
     cos: jax.Array  # float32 [B, T, rotary_dim / 2]
     sin: jax.Array
     query_scale: jax.Array | None  # float32 [B, T], logn attention; None in training
@@ -66,7 +67,8 @@ class Block(nnx.Module):
         """x [B, T, D] -> ([B, T, D], keys and values).
 
         Without a cache, attention is among the T tokens and their (k, v), [B, T, N, H] each, are returned. With one,
-        they are stored at `context.cache_slot`, attention is over the whole cache, and the filled cache is returned.
+        they are stored at `context.cache_slot`, attention is over the whole cache, and the filled cache is returned;
+        tokens that are `Continued` only read its past, and are returned as (k, v), too.
         """
         qkv = self.qkv(self.norm_attention(x))  # [B, T, 3, D]
         q, k, v = (part.reshape(*x.shape[:2], self.heads, -1) for part in jax.lax.split(qkv, (1, 1, 1), 2))
@@ -78,6 +80,8 @@ class Block(nnx.Module):
             mixed = attend_packed(q, k, v, context.mask)
         elif isinstance(context.mask, PackedRows):
             mixed = attend_rows(q, k, v, context.mask)
+        elif isinstance(context.mask, Continued) and cache is not None:
+            mixed = attend_continued(q, k, v, (cache.past_k, cache.past_v), context.mask.start)
         elif cache is None or context.cache_slot is None:
             mixed = attend(q, k, v, context.mask)
         else:
@@ -137,7 +141,7 @@ class QwenVL(nnx.Module):
 
     def context(
         self,
-        mask: jax.Array | PackedBlocks | PackedRows,
+        mask: jax.Array | PackedBlocks | PackedRows | Continued,
         positions: jax.Array,
         frequencies: jax.Array,
         *,

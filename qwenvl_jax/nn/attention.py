@@ -59,32 +59,30 @@ def attend_parts(q: jax.Array, parts: Sequence[tuple[TokenArray, TokenArray]], m
     q [B, T, N, H]; parts: k, v [B, N, S_i, H] each; mask bool [B, T, S], S the sum of all S_i. Returns [B, T, N, H].
     """
     q = q.transpose(0, 2, 1, 3)
-    scores = [_scores(q, k) for k, _ in parts]
-    weights = _weights(jnp.concatenate(scores, axis=-1), q.shape[-1], mask)
-    narrow = weights.astype(q.dtype)
+    weights = _weights(jnp.concatenate([token_scores(q, k) for k, _ in parts], axis=-1), q.shape[-1], mask)
     mixed, end = jnp.zeros(q.shape, q.dtype), 0
     for _, v in parts:
         start, end = end, end + v.shape[2]
-        if isinstance(v, Int8Tokens):
-            mixed += _mixed_int8(weights[..., start:end], v, q)
-        else:
-            mixed += jnp.einsum("bnts,bnsh->bnth", narrow[..., start:end], v, precision=full_precision(q.dtype))
+        mixed += mixed_tokens(weights[..., start:end], v, q).astype(q.dtype)
     return mixed.transpose(0, 2, 1, 3)
 
 
-def _scores(q: jax.Array, k: TokenArray) -> jax.Array:
+def token_scores(q: jax.Array, k: TokenArray) -> jax.Array:
     """float32 [B, N, T, S] of q [B, N, T, H]. A scale of keys is one of scores, so no key is dequantised."""
     if isinstance(k, Int8Tokens):
-        return _scores(q, k.widened(q)) * k.scale[:, :, None]
+        return token_scores(q, k.widened(q)) * k.scale[:, :, None]
     precision = full_precision(q.dtype)
     return jnp.einsum("bnth,bnsh->bnts", q, k, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _mixed_int8(weights: jax.Array, v: Int8Tokens, q: jax.Array) -> jax.Array:
-    """[B, N, T, H] in q's dtype of weights float32 [B, N, T, S]. A scale of values is one of weights."""
-    scaled, precision = (weights * v.scale[:, :, None]).astype(q.dtype), full_precision(q.dtype)
-    mixed = jnp.einsum("bnts,bnsh->bnth", scaled, v.widened(q), precision=precision, preferred_element_type=jnp.float32)
-    return mixed.astype(q.dtype)
+def mixed_tokens(weights: jax.Array, v: TokenArray, q: jax.Array) -> jax.Array:
+    """float32 [B, N, T, H] of weights float32 [B, N, T, S], by a product in q's dtype. A scale of values is one of
+    weights."""
+    if isinstance(v, Int8Tokens):
+        return mixed_tokens(weights * v.scale[:, :, None], v.widened(q), q)
+    precision = full_precision(q.dtype)
+    narrow = weights.astype(q.dtype)
+    return jnp.einsum("bnts,bnsh->bnth", narrow, v, precision=precision, preferred_element_type=jnp.float32)
 
 
 def causal_mask(valid: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Attention over rows that hold whole documents one after another, at the cost of the documents and not of the row."""
 
 import dataclasses
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -43,6 +44,18 @@ def attend_rows(q: jax.Array, k: jax.Array, v: jax.Array, rows: PackedRows) -> j
     A block of queries is compared with itself and the `longest` tokens before it, rounded up to blocks: work grows with
     T x longest, not with T x T, and neither mask nor scores of a whole row ever exist. Padding gets 0.
     """
+    mixed = [_attend_block(*block) for block in _blocks(q, k, v, rows)]
+    return jnp.concatenate(mixed, axis=2).transpose(0, 2, 1, 3)
+
+
+def attend_rows_with_sums(q: jax.Array, k: jax.Array, v: jax.Array, rows: PackedRows) -> tuple[jax.Array, jax.Array]:
+    """`attend_rows` as [B, N, T, H], and float32 [B, N, T, 1]: the logarithm of each query's sum of exponentials."""
+    mixed, kept = zip(*(_forward(*block) for block in _blocks(q, k, v, rows)), strict=True)
+    return jnp.concatenate(mixed, axis=2), jnp.concatenate([residuals[-1] for residuals in kept], axis=2)
+
+
+def _blocks(q: jax.Array, k: jax.Array, v: jax.Array, rows: PackedRows) -> Iterator[tuple]:
+    """The arguments of `_attend_block` for each block of queries."""
     length = q.shape[1]
     least, most = BLOCK_BOUNDS
     width = min(max(least, length // 8), most)
@@ -60,12 +73,10 @@ def attend_rows(q: jax.Array, k: jax.Array, v: jax.Array, rows: PackedRows) -> j
             jnp.concatenate(group[part], axis=1), None if branch is None else jnp.concatenate(branch[part], axis=1)
         )
 
-    mixed = []
     for i, start in enumerate(starts):
         seen = slice(max(0, start + 1 - rows.longest) // width, i + 1)
         keys, values = (jnp.concatenate(x[seen], axis=2) for x in (k, v))
-        mixed.append(_attend_block(q[i], keys, values, labels_of(slice(i, i + 1)), labels_of(seen)))
-    return jnp.concatenate(mixed, axis=2).transpose(0, 2, 1, 3)
+        yield q[i], keys, values, labels_of(slice(i, i + 1)), labels_of(seen)
 
 
 @jax.custom_vjp

@@ -299,9 +299,9 @@ def test_the_times_of_a_reply(engine, monkeypatch):
     """A prompt takes its time to read; who comes second waits for that."""
     read = engine._reader.read
 
-    def slowly(reply):
+    def slowly(replies):
         time.sleep(0.2)
-        return read(reply)
+        return read(replies)
 
     monkeypatch.setattr(engine._reader, "read", slowly)
     replies = [ask(engine, text_prompt(20, seed), SamplingOptions(max_new_tokens=9 - 8 * seed)) for seed in range(2)]
