@@ -105,11 +105,10 @@ class PromptReader:
         groups = [(size, rows) for size, counts in self._rows.items() for rows in counts]
         counts = {rows * self._pictures_in(size) for size, rows in groups}
         counts |= {self._pictures_in(size, 2) for size in EXTENSIONS}
-        return [
-            *self.features.compile(sorted(counts)),
-            *(partial(whole, size) for size in self._rows),
-            *(partial(self._compile_whole, size, rows) for size, rows in groups if rows > 1),
-        ], shapes
+        tasks: list[Callable[[], object]] = [*self.features.compile(sorted(counts))]
+        tasks += [partial(whole, size) for size in self._rows]
+        tasks += [partial(self._compile_whole, size, rows) for size, rows in groups if rows > 1]
+        return tasks, shapes
 
     def together(self, waiting: Sequence[Reply], most: int, budget: float = math.inf) -> list[Reply]:
         """The first of those that wait and others, `most` at the most, that one call may read with it.
