@@ -82,7 +82,7 @@ class PromptReader:
         self._in_int8 = Program(steps.in_int8, generator.programs, Layout.batch) if int8 else None
         self._begun: Begun | None = None
 
-    def compile(self) -> tuple[list[Callable[[], None]], dict[int, Prefilled]]:
+    def compile(self) -> tuple[list[Callable[[], object]], dict[int, Prefilled]]:
         """What compiles all programs, and the shapes that a prompt of each size will then have, by size."""
         shapes: dict[int, Prefilled] = {}
         smallest = self._sizes[0]
