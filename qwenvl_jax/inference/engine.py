@@ -363,7 +363,7 @@ class _Report:
 
 
 def _side_by_side(
-    pool: ThreadPoolExecutor, first: Sequence[Callable[[], None]], then: Callable[[], Sequence[Callable[[], None]]]
+    pool: ThreadPoolExecutor, first: Sequence[Callable[[], object]], then: Callable[[], Sequence[Callable[[], None]]]
 ) -> Iterator[tuple[int, int]]:
     """Runs the first tasks, then those that come of them; yields how many are done, of how many that are known."""
     done = total = 0
