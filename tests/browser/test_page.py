@@ -401,6 +401,39 @@ def test_a_picture_by_its_address(chat):
     expect(chat.page.locator("#field .thumbnail-item")).to_have_count(0)
 
 
+DROP = """([selector, name, data, kind]) => {
+  const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
+  const transfer = new DataTransfer();
+  transfer.items.add(new File([bytes], name, { type: "image/png" }));
+  const element = document.querySelector(selector);
+  const event =
+    kind === "paste"
+      ? new ClipboardEvent("paste", { clipboardData: transfer, bubbles: true, cancelable: true })
+      : new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true });
+  element.dispatchEvent(event);
+}"""
+
+
+@pytest.mark.parametrize(("kind", "selector"), [("paste", "#field textarea"), ("drop", "#field .full-container")])
+def test_a_picture_is_pasted_or_dropped_into_the_question(chat, kind, selector):
+    data = base64.b64encode(WORD.read_bytes()).decode()
+    chat.page.evaluate(DROP, [selector, "word.png", data, kind])
+    expect(chat.page.locator("#field .thumbnail-item")).to_have_count(1)
+    assert chat.ask(WHERE) == "yellow cross [1]"
+
+
+def test_a_photo_is_taken_with_the_camera(chat):
+    """The browser's own false camera."""
+    chat.page.context.grant_permissions(["camera"])
+    chat.page.locator("#more > button").click()
+    chat.page.locator("#camera").get_by_text("Click to Access Webcam").click()
+    chat.page.locator("#camera").get_by_label("Capture photo").click()
+    expect(chat.page.locator("#camera img")).to_be_visible()
+    chat.page.locator("#add-camera").click()
+    expect(chat.page.locator("#field .thumbnail-item")).to_have_count(1)
+    assert chat.ask("Describe the picture.")
+
+
 def test_the_page_names_no_file_of_the_machine_and_opens_none(demo):
     folder = Path(__file__).parents[2]
     for path in ("/etc/passwd", str(folder / "README.md"), f"{folder}/qwenvl_jax/demo/page.py", "../README.md"):
