@@ -133,15 +133,18 @@ class PromptReader:
         most = min(most, len(found))
         return found[: max((rows for rows in self._rows[size] if rows <= most and rows * size <= budget), default=0)]
 
+    def lacks_pictures(self, replies: Sequence[Reply]) -> bool:
+        """Whether the next `read` of these needs pictures that have not been encoded."""
+        return any(key not in self.features for reply in replies for key, _ in self._needed(reply))
+
     def encode(self, replies: Sequence[Reply]) -> bool:
         """Encodes pictures that the next `read` lacks, as many as may be at once. Whether there were any."""
         missing: dict[bytes, np.ndarray] = {}
         for reply in replies:
-            request, adapter = reply.request, reply.request.adapter
-            for picture in self._needed(reply):
-                key = request.picture_keys[picture]
+            adapter = reply.request.adapter
+            for key, pixels in self._needed(reply):
                 if len(missing) < AT_ONCE[0] and key not in missing and key not in self.features:
-                    missing[key] = request.prompt.pixels[picture]
+                    missing[key] = pixels
                     reply.encoded += 1
             if missing and self._generator.adapts_pictures:
                 break  # the next one may have another adapter
@@ -176,12 +179,13 @@ class PromptReader:
         saves = prefix is not None and sum(piece.size for piece in _pieces(prefix.length, length)) < size
         return prefix if saves else None
 
-    def _needed(self, reply: Reply) -> np.ndarray:
-        """The numbers of the pictures in the tokens that are read next."""
-        beginning = self._beginning(reply)
+    def _needed(self, reply: Reply) -> list[tuple[bytes, np.ndarray]]:
+        """The pictures in the tokens that are read next: their keys, and float32 [3, S, S]."""
+        request, beginning = reply.request, self._beginning(reply)
         start = 0 if beginning is None else beginning.length
-        slots = reply.request.prompt.image_slots[start : start + MOST_TOKENS]
-        return np.unique(slots[slots >= 0] // self._queries)
+        slots = request.prompt.image_slots[start : start + MOST_TOKENS]
+        pictures = np.unique(slots[slots >= 0] // self._queries)
+        return [(request.picture_keys[picture], request.prompt.pixels[picture]) for picture in pictures]
 
     def _read_whole(self, replies: Sequence[Reply]) -> Read:
         requests = [reply.request for reply in replies]
