@@ -102,13 +102,16 @@ class PromptReader:
                 for extension in EXTENSIONS:
                     self._compile_extension(extension, wide, fixed)
 
+        def group(size: int, rows: int) -> None:
+            self._compile_whole(size, rows)
+
         groups = [(size, rows) for size, counts in self._rows.items() for rows in counts]
         counts = {rows * self._pictures_in(size) for size, rows in groups}
         counts |= {self._pictures_in(size, 2) for size in EXTENSIONS}
         return [
             *self.features.compile(sorted(counts)),
             *(partial(whole, size) for size in self._rows),
-            *(partial(self._compile_whole, size, rows) for size, rows in groups if rows > 1),
+            *(partial(group, size, rows) for size, rows in groups if rows > 1),
         ], shapes
 
     def together(self, waiting: Sequence[Reply], most: int, budget: float = math.inf) -> list[Reply]:

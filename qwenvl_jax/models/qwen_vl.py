@@ -80,7 +80,8 @@ class Block(nnx.Module):
             mixed = attend_packed(q, k, v, context.mask)
         elif isinstance(context.mask, PackedRows):
             mixed = attend_rows(q, k, v, context.mask)
-        elif isinstance(context.mask, Continued) and cache is not None:
+        elif isinstance(context.mask, Continued):
+            assert cache is not None
             mixed = attend_continued(q, k, v, (cache.past_k, cache.past_v), context.mask.start)
         elif cache is None or context.cache_slot is None:
             mixed = attend(q, k, v, context.mask)
