@@ -37,7 +37,7 @@ from qwenvl_jax.processing.images import picture_key
 STEPS_PER_TURN = 4  # decode steps between two looks at what is new
 STEPS_OF_MANY = 8  # the same where more than MANY replies share a step: each takes longer, and has more to be told of
 MANY = 8
-LOOKED_AT = 32  # requests that wait, of which some may be read together
+LOOKED_AT = 8  # requests that wait, of which some may be read together: so few may overtake others
 SMALLEST_CACHE = 128
 MOST_DRAFTS = CHUNK // 2 - 1  # two steps before the recent part of the cache is full
 CacheForm = Literal["model", "int8"]
@@ -52,9 +52,7 @@ class EngineOptions:
     max_length: int = 1024  # tokens of a prompt and its reply
     pictures: int = 512  # whose features are kept
     prefixes: int = 16384  # tokens of prompts whose keys and values are kept; 0 for none
-    speculate: int = (
-        0  # tokens looked up in the prompt and checked beside the next one, where replies are greedy and few
-    )
+    speculate: int = 0  # tokens looked up in the prompt and checked beside the next, where replies are greedy and few
     cache: CacheForm = "model"  # form of keys and values: the model's dtype, or 8 bits, which changes replies a little
 
     def __post_init__(self):
@@ -284,19 +282,21 @@ class Engine:
 
     def _admit(self) -> None:
         """Takes in requests while there are rows; where replies are in progress, as much as may hold them up."""
-        room = self._batch.most - self.running
+        room, encoded = self._batch.most - self.running, False
         budget = MOST_TOKENS if self.running else math.inf
         while self._waiting and room:
             with self._lock:
                 waiting = list(itertools.islice(self._waiting, LOOKED_AT))
             replies = self._reader.together(waiting, room, budget)
-            if not replies:
+            lacking = self._reader.lacks_pictures(replies)
+            if not replies or (lacking and encoded and budget < math.inf):
                 return
             for reply in replies:
                 reply.begun = reply.begun or time.monotonic()  # its pictures may take it several turns
             try:
-                if self._work.encode(replies) and budget < math.inf:
-                    return
+                if lacking:
+                    encoded = self._work.encode(replies)
+                    continue
                 read = self._work.read(replies)
             except Exception as error:  # of one request alone
                 if len(replies) > 1:
@@ -363,7 +363,7 @@ class _Report:
 
 
 def _side_by_side(
-    pool: ThreadPoolExecutor, first: Sequence[Callable[[], object]], then: Callable[[], Sequence[Callable[[], None]]]
+    pool: ThreadPoolExecutor, first: Sequence[Callable[[], None]], then: Callable[[], Sequence[Callable[[], None]]]
 ) -> Iterator[tuple[int, int]]:
     """Runs the first tasks, then those that come of them; yields how many are done, of how many that are known."""
     done = total = 0

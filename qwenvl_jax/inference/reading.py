@@ -82,7 +82,7 @@ class PromptReader:
         self._in_int8 = Program(steps.in_int8, generator.programs, Layout.batch) if int8 else None
         self._begun: Begun | None = None
 
-    def compile(self) -> tuple[list[Callable[[], object]], dict[int, Prefilled]]:
+    def compile(self) -> tuple[list[Callable[[], None]], dict[int, Prefilled]]:
         """What compiles all programs, and the shapes that a prompt of each size will then have, by size."""
         shapes: dict[int, Prefilled] = {}
         smallest = self._sizes[0]
@@ -102,13 +102,17 @@ class PromptReader:
                 for extension in EXTENSIONS:
                     self._compile_extension(extension, wide, fixed)
 
+        def group(size: int, rows: int) -> None:
+            self._compile_whole(size, rows)
+
         groups = [(size, rows) for size, counts in self._rows.items() for rows in counts]
         counts = {rows * self._pictures_in(size) for size, rows in groups}
         counts |= {self._pictures_in(size, 2) for size in EXTENSIONS}
-        tasks: list[Callable[[], object]] = [*self.features.compile(sorted(counts))]
-        tasks += [partial(whole, size) for size in self._rows]
-        tasks += [partial(self._compile_whole, size, rows) for size, rows in groups if rows > 1]
-        return tasks, shapes
+        return [
+            *self.features.compile(sorted(counts)),
+            *(partial(whole, size) for size in self._rows),
+            *(partial(group, size, rows) for size, rows in groups if rows > 1),
+        ], shapes
 
     def together(self, waiting: Sequence[Reply], most: int, budget: float = math.inf) -> list[Reply]:
         """The first of those that wait and others, `most` at the most, that one call may read with it.
@@ -132,15 +136,18 @@ class PromptReader:
         most = min(most, len(found))
         return found[: max((rows for rows in self._rows[size] if rows <= most and rows * size <= budget), default=0)]
 
+    def lacks_pictures(self, replies: Sequence[Reply]) -> bool:
+        """Whether the next `read` of these needs pictures that have not been encoded."""
+        return any(key not in self.features for reply in replies for key, _ in self._needed(reply))
+
     def encode(self, replies: Sequence[Reply]) -> bool:
         """Encodes pictures that the next `read` lacks, as many as may be at once. Whether there were any."""
         missing: dict[bytes, np.ndarray] = {}
         for reply in replies:
-            request, adapter = reply.request, reply.request.adapter
-            for picture in self._needed(reply):
-                key = request.picture_keys[picture]
+            adapter = reply.request.adapter
+            for key, pixels in self._needed(reply):
                 if len(missing) < AT_ONCE[0] and key not in missing and key not in self.features:
-                    missing[key] = request.prompt.pixels[picture]
+                    missing[key] = pixels
                     reply.encoded += 1
             if missing and self._generator.adapts_pictures:
                 break  # the next one may have another adapter
@@ -175,12 +182,13 @@ class PromptReader:
         saves = prefix is not None and sum(piece.size for piece in _pieces(prefix.length, length)) < size
         return prefix if saves else None
 
-    def _needed(self, reply: Reply) -> np.ndarray:
-        """The numbers of the pictures in the tokens that are read next."""
-        beginning = self._beginning(reply)
+    def _needed(self, reply: Reply) -> list[tuple[bytes, np.ndarray]]:
+        """The pictures in the tokens that are read next: their keys, and float32 [3, S, S]."""
+        request, beginning = reply.request, self._beginning(reply)
         start = 0 if beginning is None else beginning.length
-        slots = reply.request.prompt.image_slots[start : start + MOST_TOKENS]
-        return np.unique(slots[slots >= 0] // self._queries)
+        slots = request.prompt.image_slots[start : start + MOST_TOKENS]
+        pictures = np.unique(slots[slots >= 0] // self._queries)
+        return [(request.picture_keys[picture], request.prompt.pixels[picture]) for picture in pictures]
 
     def _read_whole(self, replies: Sequence[Reply]) -> Read:
         requests = [reply.request for reply in replies]
