@@ -28,7 +28,11 @@ class DemoProcess:
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.address = self.line(r"(http://127.0.0.1:\d+)/?$")[1]
+        try:
+            self.address = self.line(r"(http://127.0.0.1:\d+)/?$")[1]
+        except BaseException:
+            self.process.kill()  # nobody else would
+            raise
 
     def __enter__(self) -> "DemoProcess":
         return self

@@ -55,10 +55,14 @@ class ServerProcess:
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.url = self.line(r"listening on (http://\S+)")[1]
-        self.client = httpx.Client(base_url=self.url, timeout=60)
-        if wait:
-            self.wait_until_ready()
+        try:
+            self.url = self.line(r"listening on (http://\S+)")[1]
+            self.client = httpx.Client(base_url=self.url, timeout=60)
+            if wait:
+                self.wait_until_ready()
+        except BaseException:
+            self.process.kill()  # nobody else would
+            raise
 
     def wait_until_ready(self) -> None:
         self.line("ready: ")
