@@ -1,8 +1,7 @@
 """Runs many requests at once on one model: each joins the batch when there is room and leaves it when it is done.
 
-One thread owns the device. In every turn of its loop it takes in a bounded amount of new work (pictures to encode,
-prompts to read), has the batch decode a few steps, and while those run reads what the turn before has given. Every
-shape is compiled by `warm_up`; after that a program that is not there is an error and never a wait of minutes.
+In every turn of its loop one thread takes in a bounded amount of new work (pictures to encode, prompts to read), has
+the batch decode a few steps, and while those run reads what the turn before has given. `warm_up` compiles every shape.
 """
 
 import dataclasses
