@@ -10,7 +10,7 @@ import dataclasses
 import html
 import logging
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from qwenvl_jax.processing.boxes import corners_text
 
 DAY = 24 * 3600  # seconds
 log = logging.getLogger(__name__)
+SECONDS_FOR_LAST_WORDS = 5  # of a reply whose visitor has gone, perhaps: Gradio may never ask it for more
 VISITORS = 40  # who get answers at one time; the server has its own limits
 Update = dict[Any, Any]  # component: its new value
 
@@ -46,21 +47,29 @@ class _Run:
 
     def __init__(self) -> None:
         self.stopped = asyncio.Event()
+        self.ended = asyncio.Event()
         self.abandoned = False
+
+    async def abandon(self) -> None:
+        """Returns when the reply can show nothing more, so that what follows is not overwritten by its last words."""
+        self.abandoned = True
+        self.stopped.set()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.ended.wait(), SECONDS_FOR_LAST_WORDS)
 
 
 class ChatPage:
-    """The components of one page and what they do. Made within the context of its `blocks`."""
+    """The components of one page, `parts`, and what they do. Made within the context of its `blocks`."""
 
     def __init__(self, client: Client, texts: Texts, blocks: gr.Blocks):
         self._client = client
         self._texts = texts
         self._runs: dict[str | None, _Run] = {}  # by session
-        self._parts = lay_out(texts)
+        self.parts = lay_out(texts)
         self._wire(blocks)
 
     def _wire(self, blocks: gr.Blocks) -> None:
-        parts = self._parts
+        parts = self.parts
         inputs: Any = {parts.turns, parts.field, *parts.settings.values()}
         shown = [parts.chat, parts.turns, parts.view, parts.status, parts.notice, parts.settings_notice, parts.field]
         shown += [parts.curl, parts.python]
@@ -91,19 +100,19 @@ class ChatPage:
 
     async def send(self, values: dict, visitor: gr.Request) -> AsyncIterator[Update]:
         """Answers the question in the field."""
-        submitted = values[self._parts.field] or {}
-        turns: Turns = values[self._parts.turns]
+        submitted = values[self.parts.field] or {}
+        turns: Turns = values[self.parts.turns]
         try:
             turn = await asyncio.to_thread(self._turn, submitted, turns)
         except UserError as error:
-            yield {self._parts.notice: _alert(str(error)), self._parts.field: submitted}
+            yield {self.parts.notice: _alert(str(error)), self.parts.field: submitted}
             return
         async for update in self._reply((*turns, turn), turns, values, visitor, given_back=submitted):
             yield update
 
     async def again(self, values: dict, visitor: gr.Request, event: gr.RetryData) -> AsyncIterator[Update]:
         """Another reply to a question; what came after it goes."""
-        turns: Turns = values[self._parts.turns]
+        turns: Turns = values[self.parts.turns]
         number = _turn_number(event.index)
         if number < len(turns):
             asked = (*turns[:number], dataclasses.replace(turns[number], reply="", cut=""))
@@ -112,11 +121,11 @@ class ChatPage:
 
     async def edit(self, values: dict, visitor: gr.Request, event: gr.EditData) -> AsyncIterator[Update]:
         """Asks a changed question in the place of the old one, about the same pictures; what came after it goes."""
-        turns: Turns = values[self._parts.turns]
+        turns: Turns = values[self.parts.turns]
         number = _turn_number(event.index)
         question = _plain(event.value)
         if number >= len(turns) or not question:
-            yield {self._parts.chat: bubbles(turns), self._parts.notice: _alert(self._texts.write_a_question)}
+            yield {self.parts.chat: bubbles(turns), self.parts.notice: _alert(self._texts.write_a_question)}
             return
         asked = (*turns[:number], Turn(question, turns[number].pictures))
         async for update in self._reply(asked, turns, values, visitor):
@@ -127,7 +136,7 @@ class ChatPage:
         kind, names = list(EXAMPLES.items())[int(event.index)]
         pictures = tuple(self._accept(self._cached(str(PICTURES / name)), name) for name in names)
         turn = Turn(self._texts.examples[kind][1], pictures)
-        schema = self._parts.settings["schema"]
+        schema = self.parts.settings["schema"]
         if kind == "json":
             values = {**values, schema: SCHEMA}
         async for update in self._reply((turn,), (), values, visitor):
@@ -135,18 +144,18 @@ class ChatPage:
 
     async def undo(self, values: dict, visitor: gr.Request, event: gr.UndoData) -> Update:
         """Takes a question and its reply out of the conversation; the question goes back into the field."""
-        turns: Turns = values[self._parts.turns]
+        turns: Turns = values[self.parts.turns]
         number = min(_turn_number(event.index), len(turns) - 1)
-        self._abandon(visitor)
+        await self._abandon(visitor)
         if number < 0:
-            return {self._parts.chat: []}
+            return {self.parts.chat: []}
         field = {"text": turns[number].question, "files": [picture.path for picture in turns[number].pictures]}
-        return self._kept(turns[:number]) | {self._parts.field: self._idle_field(field)}
+        return self._kept(turns[:number]) | {self.parts.field: self._idle_field(field)}
 
     async def clear(self, visitor: gr.Request) -> Update:
         """A new conversation."""
-        self._abandon(visitor)
-        return self._kept(()) | {self._parts.field: self._idle_field(), self._parts.status: _status("")}
+        await self._abandon(visitor)
+        return self._kept(()) | {self.parts.field: self._idle_field(), self.parts.status: _status("")}
 
     async def stop(self, visitor: gr.Request) -> None:
         """Ends the reply, which keeps what it has."""
@@ -155,11 +164,11 @@ class ChatPage:
 
     async def leave(self, visitor: gr.Request) -> None:
         """The visitor closed the page."""
-        self._abandon(visitor)
+        await self._abandon(visitor)
 
     async def ask_inside(self, values: dict, event: gr.EventData) -> Update:
         """Puts a box that was drawn on a picture into the question."""
-        pictures = pictures_of(values[self._parts.turns])
+        pictures = pictures_of(values[self.parts.turns])
         drawn = event._data
         if not isinstance(drawn, dict) or drawn.get("image") not in range(len(pictures)):
             return {}
@@ -168,29 +177,29 @@ class ChatPage:
         box = f"<box>{corners_text(corners, (picture.width, picture.height))}</box>"
         if len(pictures) > 1:
             box = f"Picture {drawn['image'] + 1} {box}"
-        field = values[self._parts.field] or {}
+        field = values[self.parts.field] or {}
         text = (field.get("text") or "").strip()
         text = f"{text} {box}" if text else self._texts.inside.format(box=box)
-        return {self._parts.field: {"text": text, "files": field.get("files") or []}}
+        return {self.parts.field: {"text": text, "files": field.get("files") or []}}
 
     async def add_camera(self, values: dict) -> Update:
         """Puts a photo into the field."""
-        photo = values[self._parts.camera]
+        photo = values[self.parts.camera]
         if photo is None:
             return {}
-        return {self._parts.field: self._with_file(values, photo), self._parts.camera: None}
+        return {self.parts.field: self._with_file(values, photo), self.parts.camera: None}
 
     async def add_address(self, values: dict) -> Update:
         """Fetches a picture into the field."""
-        address = (values[self._parts.address] or "").strip()
+        address = (values[self.parts.address] or "").strip()
         try:
             path = await asyncio.to_thread(self._fetch, address)
         except UserError as error:
-            return {self._parts.address_notice: _alert(str(error))}
+            return {self.parts.address_notice: _alert(str(error))}
         return {
-            self._parts.field: self._with_file(values, path),
-            self._parts.address: "",
-            self._parts.address_notice: _alert(""),
+            self.parts.field: self._with_file(values, path),
+            self.parts.address: "",
+            self.parts.address_notice: _alert(""),
         }
 
     async def look(self) -> Update:
@@ -198,17 +207,17 @@ class ChatPage:
         try:
             card = await self._client.card()
         except AskError as error:
-            return {self._parts.ready: _status(self._texts.error(error)), self._parts.poll: gr.Timer(active=True)}
+            return {self.parts.ready: _status(self._texts.error(error)), self.parts.poll: gr.Timer(active=True)}
         if card is None:
-            return {self._parts.ready: _status(self._texts.loading), self._parts.poll: gr.Timer(active=True)}
+            return {self.parts.ready: _status(self._texts.loading), self.parts.poll: gr.Timer(active=True)}
         update: Update = {
-            self._parts.ready: _status(self._texts.ready.format(name=card.name)),
-            self._parts.poll: gr.Timer(active=False),
+            self.parts.ready: _status(self._texts.ready.format(name=card.name)),
+            self.parts.poll: gr.Timer(active=False),
         }
         for name, value in card.defaults.items():
-            if name in self._parts.settings:
+            if name in self.parts.settings:
                 own = self._texts.own.format(value=f"{value:g}")
-                update[self._parts.settings[name]] = gr.Textbox(placeholder=own)
+                update[self.parts.settings[name]] = gr.Textbox(placeholder=own)
         return update
 
     # How they are answered.
@@ -217,9 +226,26 @@ class ChatPage:
         self, asked: Turns, before: Turns, values: dict, visitor: gr.Request, given_back: dict | None = None
     ) -> AsyncIterator[Update]:
         """Streams the reply to the last of the turns. Where there is none, all is as `before`, and the field, too."""
-        parts = self._parts
-        self._abandon(visitor)
-        run = self._runs[visitor.session_hash] = _Run()
+        run = _Run()
+        previous = self._runs.get(visitor.session_hash)
+        self._runs[visitor.session_hash] = run
+        try:
+            if previous is not None:
+                await previous.abandon()
+            async with contextlib.aclosing(self._answer(asked, before, values, run.stopped, given_back)) as updates:
+                async for update in updates:
+                    if run.abandoned:
+                        return
+                    yield update
+        finally:
+            run.ended.set()
+            if self._runs.get(visitor.session_hash) is run:
+                del self._runs[visitor.session_hash]
+
+    async def _answer(
+        self, asked: Turns, before: Turns, values: dict, stopped: asyncio.Event, given_back: dict | None
+    ) -> AsyncGenerator[Update]:
+        parts = self.parts
         yield {
             parts.chat: bubbles(asked, waiting=True),
             parts.view: view(asked),
@@ -231,10 +257,9 @@ class ChatPage:
         turns, answer, error = asked, Answer(), None
         try:
             body = await self._body(asked, values)
-            answers = self._client.ask(body)
-            async for answer in _until(run.stopped, answers):
-                turns = (*asked[:-1], dataclasses.replace(asked[-1], reply=answer.text))
-                if not run.abandoned:
+            async with contextlib.aclosing(_until(stopped, self._client.ask(body))) as answers:
+                async for answer in answers:
+                    turns = (*asked[:-1], dataclasses.replace(asked[-1], reply=answer.text))
                     yield {parts.chat: bubbles(turns, waiting=True), parts.turns: turns, parts.view: view(turns)}
         except AskError as told:
             error = told
@@ -243,9 +268,6 @@ class ChatPage:
         except Exception:  # the page must not stay as it is in the middle of a reply
             log.exception("a reply failed")
             error = AskError("broken")
-        if run.abandoned:
-            return
-        del self._runs[visitor.session_hash]
         update: Update = {parts.field: self._idle_field()}
         if error is not None:
             in_settings = error.param.split(".")[0] in (*SETTINGS, "response_format")
@@ -264,7 +286,7 @@ class ChatPage:
         card = await self._client.card()
         if card is None:
             raise AskError("loading")
-        given = {name: values[part] for name, part in self._parts.settings.items()}
+        given = {name: values[part] for name, part in self.parts.settings.items()}
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
         sent = await asyncio.to_thread(messages, asked, settings.system, settings.detail, card.ours)
         return request(card.name, sent, settings)
@@ -281,7 +303,7 @@ class ChatPage:
 
     def _accept(self, path: str, name: str | None = None) -> Picture:
         picture = accept(path, name)
-        self._parts.field.temp_files.add(picture.path)  # what Gradio deletes after a day
+        self.parts.field.temp_files.add(picture.path)  # what Gradio deletes after a day
         return picture
 
     def _fetch(self, address: str) -> str:
@@ -292,25 +314,24 @@ class ChatPage:
 
     def _cached(self, path: str) -> str:
         """A copy of the file where Gradio serves it from, and deletes it after a day."""
-        return self._parts.field.move_resource_to_block_cache(path) or path
+        return self.parts.field.move_resource_to_block_cache(path) or path
 
     def _kept(self, turns: Turns) -> Update:
         """The page with these turns and nothing under way."""
-        return {self._parts.chat: bubbles(turns), self._parts.turns: turns, self._parts.view: view(turns)}
+        return {self.parts.chat: bubbles(turns), self.parts.turns: turns, self.parts.view: view(turns)}
 
     def _idle_field(self, value: dict | None = None) -> Update:
         changes: dict[str, Any] = {} if value is None else {"value": value}
         return gr.update(submit_btn=True, stop_btn=False, **changes)
 
     def _with_file(self, values: dict, path: str) -> dict:
-        field = values[self._parts.field] or {}
+        field = values[self.parts.field] or {}
         return {"text": field.get("text") or "", "files": [*(field.get("files") or []), path]}
 
-    def _abandon(self, visitor: gr.Request) -> None:
+    async def _abandon(self, visitor: gr.Request) -> None:
         """What is under way for this visitor is stopped, and says nothing more."""
-        if run := self._runs.pop(visitor.session_hash, None):
-            run.abandoned = True
-            run.stopped.set()
+        if run := self._runs.get(visitor.session_hash):
+            await run.abandon()
 
     def _summary(self, answer: Answer, cut: str) -> str:
         texts = self._texts
@@ -333,10 +354,10 @@ class ChatPage:
 
     def _code(self, body: dict, turns: Turns) -> Update:
         told = (body, pictures_of(turns), self._client.base_url, self._client.key is not None)
-        return {self._parts.curl: as_curl(*told), self._parts.python: as_python(*told)}
+        return {self.parts.curl: as_curl(*told), self.parts.python: as_python(*told)}
 
 
-async def _until(stopped: asyncio.Event, answers: AsyncIterator[Answer]) -> AsyncIterator[Answer]:
+async def _until(stopped: asyncio.Event, answers: AsyncIterator[Answer]) -> AsyncGenerator[Answer]:
     """The answers until there are no more, or until `stopped` is set, which closes their connection."""
     waiting = asyncio.ensure_future(stopped.wait())
     try:

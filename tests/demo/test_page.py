@@ -1,0 +1,76 @@
+"""What the page's events do when one comes in the middle of another; the rest is tested in a browser."""
+
+import asyncio
+from types import SimpleNamespace
+
+import gradio as gr
+import pytest
+
+from qwenvl_jax.demo.client import Client
+from qwenvl_jax.demo.page import ChatPage
+from qwenvl_jax.demo.texts import EN
+
+VISITOR = SimpleNamespace(session_hash="somebody")
+
+
+@pytest.fixture
+def page(server) -> ChatPage:
+    with gr.Blocks() as blocks:
+        return ChatPage(Client(f"{server.url}/v1"), EN, blocks)
+
+
+def ask(page: ChatPage, question: str = "Hello") -> dict:
+    values = {page.parts.field: {"text": question, "files": []}, page.parts.turns: ()}
+    return values | dict.fromkeys(page.parts.settings.values())
+
+
+async def under_way(page: ChatPage):
+    """A reply that has shown its first words, and is asked for no more until the test does."""
+    updates = page.send(ask(page), VISITOR)
+    async for update in updates:
+        if page.parts.turns in update:
+            return updates
+
+
+def test_clear_speaks_after_the_last_words_of_a_reply(page):
+    async def run():
+        updates = await under_way(page)
+        clearing = asyncio.create_task(page.clear(VISITOR))
+        await asyncio.sleep(0.1)
+        waited = not clearing.done()
+        rest = [update async for update in updates]
+        return waited, rest, await clearing
+
+    waited, rest, cleared = asyncio.run(run())
+    assert waited
+    assert rest == []
+    assert cleared[page.parts.chat] == []
+    assert cleared[page.parts.turns] == ()
+
+
+def test_a_second_question_ends_the_first(page):
+    async def run():
+        first = await under_way(page)
+        second = page.send(ask(page, "How many?"), VISITOR)
+        asking = asyncio.create_task(anext(second))
+        await asyncio.sleep(0.1)
+        assert not asking.done()
+        assert [update async for update in first] == []
+        await asking
+        return [update async for update in second][-1]
+
+    (turn,) = asyncio.run(run())[page.parts.turns]
+    assert turn.question == "How many?"
+    assert turn.reply
+
+
+def test_a_reply_that_is_never_asked_for_more_holds_nobody_up(page, monkeypatch):
+    monkeypatch.setattr("qwenvl_jax.demo.page.SECONDS_FOR_LAST_WORDS", 0.1)
+
+    async def run():
+        updates = await under_way(page)
+        cleared = await page.clear(VISITOR)
+        await updates.aclose()
+        return cleared
+
+    assert asyncio.run(run())[page.parts.turns] == ()
