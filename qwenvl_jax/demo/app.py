@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qwenvl_jax.serving.run import Background
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-SLOTS = 4  # replies at one time on the page's own server: a demo has few visitors, and a cold start compiles less
+SLOTS = 3  # replies at one time on the page's own server: a demo has few visitors, and a cold start compiles less
 MOST_BODY = MOST_PICTURES * MOST_BYTES * 3 // 2  # of a request, in bytes, with room for Base64
 SECONDS_BETWEEN_LOOKS = 0.5
 CAPACITY = 200  # visitors whose conversations are kept

@@ -38,6 +38,7 @@ STEPS_OF_MANY = 8  # the same where more than MANY replies share a step: each ta
 MANY = 8
 LOOKED_AT = 8  # requests that wait, of which some may be read together: so few may overtake others
 SMALLEST_CACHE = 128
+FEW_SLOTS = 4  # up to here fewer sizes of the cache
 MOST_DRAFTS = CHUNK // 2 - 1  # two steps before the recent part of the cache is full
 CacheForm = Literal["model", "int8"]
 logger = logging.getLogger(__name__)
@@ -375,26 +376,29 @@ def _side_by_side(
             yield done, total
 
 
-def _sizes(least: int, most: int, between: int | None = None) -> tuple[int, ...]:
-    """Powers of two from `least` on, up to `most` and `most` itself; from `between` on also what is half way."""
+def _sizes(least: int, most: int, between: int | None = None, factor: int = 2) -> tuple[int, ...]:
+    """`least` times powers of `factor`, up to `most` and `most` itself; from `between` on also what is half way."""
     sizes = {most}
     size = least
     while size < most:
         sizes.add(size)
         if between is not None and size >= between and size * 3 // 2 < most:
             sizes.add(size * 3 // 2)
-        size *= 2
+        size *= factor
     return tuple(sorted(sizes))
 
 
 def _batch_sizes(slots: int, length: int) -> dict[int, tuple[int, ...]]:
     """The sizes of the cache for each number of rows: `slots`, a quarter of it and so on, and 1.
 
-    What the most rows read at a step is worth half sizes; for fewer they would only be more programs.
+    What the most rows read at a step is worth half sizes; for fewer they would only be more programs. Where there are
+    few at the most, whoever starts the engine waits for its programs longer than for what its steps read.
     """
+    if slots <= FEW_SLOTS:
+        return dict.fromkeys({1, slots}, _sizes(SMALLEST_CACHE, length, factor=4))
     rows, size = [slots], slots // 4
     while size >= 4:
         rows.append(size)
         size //= 4
     coarse, fine = (_sizes(SMALLEST_CACHE, length, between) for between in (None, SMALLEST_CACHE))
-    return {count: fine if count == slots and slots > 1 else coarse for count in {1, *rows}}
+    return {count: fine if count == slots else coarse for count in {1, *rows}}
