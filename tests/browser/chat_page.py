@@ -1,65 +1,26 @@
 """The chat page as tests use it: the process that shows it, and what a visitor does on it."""
 
-import os
 import re
-import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
 
 from playwright.sync_api import Locator, Page, expect
+from processes import REPOSITORY, Process
 
-REPOSITORY = Path(__file__).parents[2]
 PICTURES = REPOSITORY / "qwenvl_jax" / "assets" / "pictures"
-SECONDS_TO_START = 120  # on a machine that others use, too
+WORD, NUMBER, TILES = PICTURES / "word.png", PICTURES / "number.png", PICTURES / "tiles.png"
+WHERE = "Where is the yellow cross?"
+CAPTION = "What is in the picture?"
 PATIENCE = 30_000  # milliseconds for a reply
 
 
-class DemoProcess:
-    """`demo.py` with the page on a free port. `lines`: what it has written so far."""
+class DemoProcess(Process):
+    """`demo.py` with the page on a free port."""
 
     def __init__(self, *options: str, env: dict[str, str] | None = None):
-        command = [sys.executable, str(REPOSITORY / "demo.py"), "--server-port", "0", *options]
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | (env or {})
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY, env=environment
-        )
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        try:
-            self.address = self.line(r"(http://127.0.0.1:\d+)/?$")[1]
-        except BaseException:
-            self.process.kill()  # nobody else would
-            raise
+        super().__init__(REPOSITORY / "demo.py", "--server-port", "0", *options, env=env)
 
-    def __enter__(self) -> "DemoProcess":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        self._reader.join()
-        self.process.stdout.close()
-
-    def line(self, pattern: str) -> re.Match:
-        """The first line that holds a pattern; waits for it."""
-        end = time.monotonic() + SECONDS_TO_START
-        ended = False
-        while not ended and time.monotonic() < end:
-            if ended := self.process.poll() is not None:
-                self._reader.join()  # all that it wrote
-            for line in list(self.lines):
-                if found := re.search(pattern, line.rstrip()):
-                    return found
-            time.sleep(0.02)
-        raise AssertionError(f"no line {pattern!r} in {self.lines}")
-
-    def _read(self) -> None:
-        for line in self.process.stdout:
-            self.lines.append(line)
+    def started(self) -> None:
+        self.address = self.line(r"(http://127.0.0.1:\d+)/?$")[1]
 
 
 class Chat:

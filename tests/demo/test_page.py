@@ -27,9 +27,9 @@ def ask(page: ChatPage, question: str = "Hello") -> dict:
 async def under_way(page: ChatPage):
     """A reply that has shown its first words, and is asked for no more until the test does."""
     updates = page.send(ask(page), VISITOR)
-    async for update in updates:
-        if page.parts.turns in update:
-            return updates
+    while page.parts.turns not in await anext(updates):
+        pass
+    return updates
 
 
 def test_clear_speaks_after_the_last_words_of_a_reply(page):

@@ -3,13 +3,9 @@
 import base64
 import io
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,11 +13,10 @@ from typing import Any
 import httpx
 import jsonschema
 from PIL import Image
+from processes import REPOSITORY, Process
 
-REPOSITORY = Path(__file__).parents[2]
 REAL = REPOSITORY / "serve.py"
 SIMPLE = Path(__file__).parent / "simple_engine.py"
-SECONDS_TO_START = 300  # on a machine that others use, too
 
 ERROR = {
     "type": "object",
@@ -43,40 +38,25 @@ ERROR = {
 }
 
 
-class ServerProcess:
-    """A server on a free port. `lines`: what it has written so far."""
+class ServerProcess(Process):
+    """A server on a free port. wait: until it is ready."""
 
     def __init__(self, *options: str, script: Path = SIMPLE, wait: bool = True, env: dict[str, str] | None = None):
-        command = [sys.executable, str(script), "--port", "0", *options]
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | (env or {})
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY, env=environment
-        )
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        try:
-            self.url = self.line(r"listening on (http://\S+)")[1]
-            self.client = httpx.Client(base_url=self.url, timeout=60)
-            if wait:
-                self.wait_until_ready()
-        except BaseException:
-            self.process.kill()  # nobody else would
-            raise
+        self._wait = wait
+        super().__init__(script, "--port", "0", *options, env=env)
+
+    def started(self) -> None:
+        self.url = self.line(r"listening on (http://\S+)")[1]
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+        if self._wait:
+            self.wait_until_ready()
 
     def wait_until_ready(self) -> None:
         self.line("ready: ")
 
-    def __enter__(self) -> "ServerProcess":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *failure: object) -> None:
         self.client.close()
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        self._reader.join()
-        self.process.stdout.close()
+        super().__exit__(*failure)
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -105,21 +85,6 @@ class ServerProcess:
         while self.metric("num_requests_running") or self.metric("num_requests_waiting"):
             assert time.monotonic() < end, "the engine still works for somebody"
             time.sleep(0.02)
-
-    def _read(self) -> None:
-        for line in self.process.stdout:
-            self.lines.append(line)
-
-    def line(self, pattern: str) -> re.Match:
-        """The first line that holds a pattern; waits for it."""
-        end = time.monotonic() + SECONDS_TO_START
-        while time.monotonic() < end:
-            for line in list(self.lines):
-                if found := re.search(pattern, line):
-                    return found
-            assert self.process.poll() is None, "".join(self.lines)
-            time.sleep(0.02)
-        raise AssertionError(f"no line {pattern!r} in {self.lines}")
 
 
 def chat(**changes: Any) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 import concurrent.futures
 
 import pytest
-from serving.process import REAL, REPOSITORY, ServerProcess, chat, check_error, user
+from processes import REPOSITORY
+from serving.process import REAL, ServerProcess, chat, check_error, user
 
 import qwenvl_jax
 

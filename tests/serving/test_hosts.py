@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from serving.process import REAL, REPOSITORY, ServerProcess, chat, picture, user
+from processes import REPOSITORY
+from serving.process import REAL, ServerProcess, chat, picture, user
 
 import qwenvl_jax
 

@@ -12,8 +12,9 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from processes import REPOSITORY
 from serving.conftest import KEY
-from serving.process import REAL, REPOSITORY, ServerProcess, chat, check_error, encoded, user
+from serving.process import REAL, ServerProcess, chat, check_error, encoded, user
 from serving.simple_engine import BLOCKS, DIES, SLOW, STALLS
 
 PATH = "/v1/chat/completions"

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import yaml
-from serving.process import REPOSITORY
+from processes import REPOSITORY
 
 from qwenvl_jax.serving import cli
 

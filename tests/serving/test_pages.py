@@ -6,7 +6,8 @@ import subprocess
 
 import pytest
 import yaml
-from serving.process import REPOSITORY, picture
+from processes import REPOSITORY
+from serving.process import picture
 
 PAGE = (REPOSITORY / "docs" / "clients.md").read_text(encoding="utf-8")
 ADDRESS = "http://127.0.0.1:8000"

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from serving.process import REAL, REPOSITORY, ServerProcess, chat, encoded, user
+from processes import REPOSITORY
+from serving.process import REAL, ServerProcess, chat, encoded, user
 
 from qwenvl_jax.processing.tokenizer import Tokenizer
 
