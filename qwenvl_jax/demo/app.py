@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,9 +56,10 @@ def show(options: "argparse.Namespace") -> int:
             listening = stack.enter_context(serving.listen("127.0.0.1", 0))
             host, port = listening.getsockname()[:2]
             client = Client(f"http://{host}:{port}/v1", model=_adapter_name(options))
-            stack.enter_context(_page(client, options))
+            said: list[str] = []
+            stack.enter_context(_page(client, options, said))
             # After the page, which is there at once and says that the model is being loaded.
-            server = stack.enter_context(_own_server(listening, options))
+            server = stack.enter_context(_own_server(listening, options, said))
             while not (stopping.wait(SECONDS_BETWEEN_LOOKS) or server.ended(0)):
                 pass
             status = server.status or 0
@@ -66,8 +67,8 @@ def show(options: "argparse.Namespace") -> int:
     os._exit(status)  # a thread that compiles cannot be stopped, and should not be waited for
 
 
-def _own_server(listening: socket.socket, options: "argparse.Namespace") -> "Background":
-    """`serve.py` within this process, still to be entered."""
+def _own_server(listening: socket.socket, options: "argparse.Namespace", said: list[str]) -> "Background":
+    """`serve.py` within this process, still to be entered. said: gets what it says while it loads the model."""
     from qwenvl_jax.serving.run import Background  # here, so that neither the page nor another's server wait for JAX
 
     told = ["--checkpoint", options.checkpoint, "--slots", str(SLOTS), "--drain-seconds", "0"]
@@ -75,7 +76,15 @@ def _own_server(listening: socket.socket, options: "argparse.Namespace") -> "Bac
         told += ["--adapter", f"{_adapter_name(options)}={options.adapter}"]
     told += ["--max-body-mb", str(MOST_BODY // 2**20), "--max-images", str(MOST_PICTURES)]
     serve = serving.parser().parse_args(told)
-    return Background("demo", serving.settings(serve), listening, lambda say: serving.build(serve, say))
+
+    def build(say: Callable[[str], None]) -> tuple:
+        def both(line: str) -> None:
+            said.append(line)
+            say(line)
+
+        return serving.build(serve, both)
+
+    return Background("demo", serving.settings(serve), listening, build)
 
 
 def _adapter_name(options: "argparse.Namespace") -> str | None:
@@ -84,10 +93,10 @@ def _adapter_name(options: "argparse.Namespace") -> str | None:
 
 
 @contextlib.contextmanager
-def _page(client: Client, options: "argparse.Namespace") -> Iterator[str]:
-    """The page under its address."""
+def _page(client: Client, options: "argparse.Namespace", said: Sequence[str] = ()) -> Iterator[str]:
+    """The page under its address. said: what is heard of the server while it loads the model."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    page = build(client)
+    page = build(client, said)
     try:
         _, address, _ = page.launch(
             server_name=options.server_name,

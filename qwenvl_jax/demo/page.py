@@ -10,7 +10,7 @@ import dataclasses
 import html
 import logging
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,16 @@ VISITORS = 40  # who get answers at one time; the server has its own limits
 Update = dict[Any, Any]  # component: its new value
 
 
-def build(client: Client) -> gr.Blocks:
-    """The page in English, and under /zh in Chinese, as a client of a server. Ready to launch."""
+def build(client: Client, said: Sequence[str] = ()) -> gr.Blocks:
+    """The page in English, and under /zh in Chinese, as a client of a server. Ready to launch.
+
+    said: what is heard of the server while it loads the model; the page shows the last line.
+    """
     blocks = gr.Blocks(title=EN.title, fill_width=True, delete_cache=(3600, DAY), analytics_enabled=False)
     with blocks:
-        ChatPage(client, EN, blocks)
+        ChatPage(client, EN, blocks, said)
     with blocks.route(ZH.title, "zh", show_in_navbar=False):
-        ChatPage(client, ZH, blocks)
+        ChatPage(client, ZH, blocks, said)
     return blocks.queue(default_concurrency_limit=VISITORS)
 
 
@@ -61,8 +64,9 @@ class _Run:
 class ChatPage:
     """The components of one page, `parts`, and what they do. Made within the context of its `blocks`."""
 
-    def __init__(self, client: Client, texts: Texts, blocks: gr.Blocks):
+    def __init__(self, client: Client, texts: Texts, blocks: gr.Blocks, said: Sequence[str] = ()):
         self._client = client
+        self._said = said
         self._texts = texts
         self._runs: dict[str | None, _Run] = {}  # by session
         self.parts = lay_out(texts)
@@ -209,7 +213,8 @@ class ChatPage:
         except AskError as error:
             return {self.parts.ready: _status(self._texts.error(error)), self.parts.poll: gr.Timer(active=True)}
         if card is None:
-            return {self.parts.ready: _status(self._texts.loading), self.parts.poll: gr.Timer(active=True)}
+            loading = " ".join((self._texts.loading, *self._said[-1:]))
+            return {self.parts.ready: _status(loading), self.parts.poll: gr.Timer(active=True)}
         update: Update = {
             self.parts.ready: _status(self._texts.ready.format(name=card.name)),
             self.parts.poll: gr.Timer(active=False),

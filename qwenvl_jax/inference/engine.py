@@ -20,8 +20,8 @@ import jax
 import numpy as np
 
 from qwenvl_jax.config import UserError
-from qwenvl_jax.inference import executables
-from qwenvl_jax.inference.decode import SHORTEST_BUCKET, Generator
+from qwenvl_jax.inference import executables, sizes
+from qwenvl_jax.inference.decode import Generator
 from qwenvl_jax.inference.prefixes import block_digests
 from qwenvl_jax.inference.reading import MOST_TOKENS, PromptReader
 from qwenvl_jax.inference.reply import Reply
@@ -37,8 +37,6 @@ STEPS_PER_TURN = 4  # decode steps between two looks at what is new
 STEPS_OF_MANY = 8  # the same where more than MANY replies share a step: each takes longer, and has more to be told of
 MANY = 8
 LOOKED_AT = 8  # requests that wait, of which some may be read together: so few may overtake others
-SMALLEST_CACHE = 128
-FEW_SLOTS = 4  # up to here fewer sizes of the cache
 MOST_DRAFTS = CHUNK // 2 - 1  # two steps before the recent part of the cache is full
 CacheForm = Literal["model", "int8"]
 logger = logging.getLogger(__name__)
@@ -87,10 +85,10 @@ class Engine:
         self.max_length = options.max_length
         self.last_step = time.monotonic()  # when the loop was last seen at work, or got some
         self._generator, self._table = generator, table
-        prompt_sizes = _sizes(SHORTEST_BUCKET, options.max_length, between=256)
+        prompts, batches = sizes.of_prompts(options.max_length), sizes.of_batches(options.slots, options.max_length)
         int8 = options.cache == "int8"
-        self._reader = PromptReader(generator, prompt_sizes, options.slots, options.pictures, options.prefixes, int8)
-        self._batch = LiveBatch(generator, _batch_sizes(options.slots, options.max_length), options.speculate)
+        self._reader = PromptReader(generator, prompts, options.slots, options.pictures, options.prefixes, int8)
+        self._batch = LiveBatch(generator, batches, options.speculate)
         self._work = Work(self._reader, self._batch, leader)
         self._leader = leader
         self._lock = threading.Lock()
@@ -103,9 +101,9 @@ class Engine:
 
     # Before the first request.
 
-    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
+    def warm_up(self, progress: Callable[[int, int | None], None] | None = None) -> None:
         """Compiles every program there will be, or reads it from disk. progress: is told how many are done, of how
-        many. No other thread should compile meanwhile: JAX's cache is not used."""
+        many once that is known. No other thread should compile meanwhile: JAX's cache is not used."""
         programs, (first, shapes) = self._generator.programs, self._reader.compile()
         with executables.kept() as programs.kept, ThreadPoolExecutor(os.cpu_count()) as pool:
             for done, of in _side_by_side(pool, first, lambda: self._batch.compile(dict(sorted(shapes.items())))):
@@ -364,41 +362,13 @@ class _Report:
 
 def _side_by_side(
     pool: ThreadPoolExecutor, first: Sequence[Callable[[], None]], then: Callable[[], Sequence[Callable[[], None]]]
-) -> Iterator[tuple[int, int]]:
-    """Runs the first tasks, then those that come of them; yields how many are done, of how many that are known."""
-    done = total = 0
-    for tasks in (lambda: first, then):
+) -> Iterator[tuple[int, int | None]]:
+    """Runs the first tasks, then those that come of them; yields how many are done, of how many once that is known."""
+    done = 0
+    for tasks, known in ((lambda: first, False), (then, True)):
         futures = [pool.submit(task) for task in tasks()]
-        total += len(futures)
+        total = done + len(futures) if known else None
         for future in as_completed(futures):
             future.result()
             done += 1
             yield done, total
-
-
-def _sizes(least: int, most: int, between: int | None = None, factor: int = 2) -> tuple[int, ...]:
-    """`least` times powers of `factor`, up to `most` and `most` itself; from `between` on also what is half way."""
-    sizes = {most}
-    size = least
-    while size < most:
-        sizes.add(size)
-        if between is not None and size >= between and size * 3 // 2 < most:
-            sizes.add(size * 3 // 2)
-        size *= factor
-    return tuple(sorted(sizes))
-
-
-def _batch_sizes(slots: int, length: int) -> dict[int, tuple[int, ...]]:
-    """The sizes of the cache for each number of rows: `slots`, a quarter of it and so on, and 1.
-
-    What the most rows read at a step is worth half sizes; for fewer they would only be more programs. Where there are
-    few at the most, whoever starts the engine waits for its programs longer than for what its steps read.
-    """
-    if slots <= FEW_SLOTS:
-        return dict.fromkeys({1, slots}, _sizes(SMALLEST_CACHE, length, factor=4))
-    rows, size = [slots], slots // 4
-    while size >= 4:
-        rows.append(size)
-        size //= 4
-    coarse, fine = (_sizes(SMALLEST_CACHE, length, between) for between in (None, SMALLEST_CACHE))
-    return {count: fine if count == slots else coarse for count in {1, *rows}}

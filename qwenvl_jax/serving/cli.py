@@ -216,9 +216,9 @@ def prepare(
     say(described(check_memory(vlm.generator, sizes), sizes))
     engine = Engine(vlm.generator, token_bytes(vlm.processor.tokenizer), sizes, followers)
 
-    def progress(done: int, of: int) -> None:
+    def progress(done: int, of: int | None) -> None:
         if done == of or done % PROGRAMS_A_LINE == 1:
-            say(f"compiling: {done} of {of} programs")
+            say(f"compiling: {done} programs" if of is None else f"compiling: {done} of {of} programs")
 
     engine.warm_up(progress)
     return vlm, engine

@@ -74,3 +74,18 @@ def test_a_reply_that_is_never_asked_for_more_holds_nobody_up(page, monkeypatch)
         return cleared
 
     assert asyncio.run(run())[page.parts.turns] == ()
+
+
+def test_a_server_that_loads_is_heard_on_the_page(monkeypatch):
+    async def none_yet():
+        return None
+
+    said = []
+    with gr.Blocks() as blocks:
+        client = Client("http://127.0.0.1:1/v1")
+        monkeypatch.setattr(client, "card", none_yet)
+        page = ChatPage(client, EN, blocks, said)
+    assert asyncio.run(page.look())[page.parts.ready] == '<p role="status">loading the model …</p>'
+    said += ["loading tiny", "compiling: 31 of 55 programs"]
+    shown = asyncio.run(page.look())[page.parts.ready]
+    assert shown == '<p role="status">loading the model … compiling: 31 of 55 programs</p>'
