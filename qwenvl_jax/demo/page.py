@@ -23,11 +23,11 @@ from qwenvl_jax.demo.conversation import Turn, Turns, bubbles, messages, picture
 from qwenvl_jax.demo.layout import EXAMPLES, PICTURES, SCHEMA, lay_out
 from qwenvl_jax.demo.pictures import MOST_PICTURES, Picture, accept, fetch
 from qwenvl_jax.demo.texts import EN, ZH, Texts
+from qwenvl_jax.demo.under_way import UnderWay
 from qwenvl_jax.processing.boxes import corners_text
 
 DAY = 24 * 3600  # seconds
 log = logging.getLogger(__name__)
-SECONDS_FOR_LAST_WORDS = 5  # of a reply whose visitor has gone, perhaps: Gradio may never ask it for more
 VISITORS = 40  # who get answers at one time; the server has its own limits
 Update = dict[Any, Any]  # component: its new value
 
@@ -45,22 +45,6 @@ def build(client: Client, said: Sequence[str] = ()) -> gr.Blocks:
     return blocks.queue(default_concurrency_limit=VISITORS)
 
 
-class _Run:
-    """A reply under way. abandoned: the conversation has gone on without it."""
-
-    def __init__(self) -> None:
-        self.stopped = asyncio.Event()
-        self.ended = asyncio.Event()
-        self.abandoned = False
-
-    async def abandon(self) -> None:
-        """Returns when the reply can show nothing more, so that what follows is not overwritten by its last words."""
-        self.abandoned = True
-        self.stopped.set()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.ended.wait(), SECONDS_FOR_LAST_WORDS)
-
-
 class ChatPage:
     """The components of one page, `parts`, and what they do. Made within the context of its `blocks`."""
 
@@ -68,7 +52,7 @@ class ChatPage:
         self._client = client
         self._said = said
         self._texts = texts
-        self._runs: dict[str | None, _Run] = {}  # by session
+        self._under_way: dict[str | None, UnderWay] = {}  # by session
         self.parts = lay_out(texts)
         self._wire(blocks)
 
@@ -163,7 +147,7 @@ class ChatPage:
 
     async def stop(self, visitor: gr.Request) -> None:
         """Ends the reply, which keeps what it has."""
-        if run := self._runs.get(visitor.session_hash):
+        if run := self._under_way.get(visitor.session_hash):
             run.stopped.set()
 
     async def leave(self, visitor: gr.Request) -> None:
@@ -231,24 +215,24 @@ class ChatPage:
         self, asked: Turns, before: Turns, values: dict, visitor: gr.Request, given_back: dict | None = None
     ) -> AsyncIterator[Update]:
         """Streams the reply to the last of the turns. Where there is none, all is as `before`, and the field, too."""
-        run = _Run()
-        previous = self._runs.get(visitor.session_hash)
-        self._runs[visitor.session_hash] = run
+        run = UnderWay()
+        previous = self._under_way.get(visitor.session_hash)
+        self._under_way[visitor.session_hash] = run
         try:
             if previous is not None:
                 await previous.abandon()
-            async with contextlib.aclosing(self._answer(asked, before, values, run.stopped, given_back)) as updates:
+            async with contextlib.aclosing(self._answer(asked, before, values, run, given_back)) as updates:
                 async for update in updates:
                     if run.abandoned:
                         return
                     yield update
         finally:
             run.ended.set()
-            if self._runs.get(visitor.session_hash) is run:
-                del self._runs[visitor.session_hash]
+            if self._under_way.get(visitor.session_hash) is run:
+                del self._under_way[visitor.session_hash]
 
     async def _answer(
-        self, asked: Turns, before: Turns, values: dict, stopped: asyncio.Event, given_back: dict | None
+        self, asked: Turns, before: Turns, values: dict, run: UnderWay, given_back: dict | None
     ) -> AsyncGenerator[Update]:
         parts = self.parts
         yield {
@@ -262,7 +246,7 @@ class ChatPage:
         turns, answer, error = asked, Answer(), None
         try:
             body = await self._body(asked, values)
-            async with contextlib.aclosing(_until(stopped, self._client.ask(body))) as answers:
+            async with contextlib.aclosing(run.until_stopped(self._client.ask(body))) as answers:
                 async for answer in answers:
                     turns = (*asked[:-1], dataclasses.replace(asked[-1], reply=answer.text))
                     yield {parts.chat: bubbles(turns, waiting=True), parts.turns: turns, parts.view: view(turns)}
@@ -284,7 +268,9 @@ class ChatPage:
         else:
             cut = self._texts.broken if error else "" if answer.finish else self._texts.stopped
             turns = (*turns[:-1], dataclasses.replace(turns[-1], cut=cut))
-            update |= self._kept(turns) | {parts.status: _status(self._summary(answer, cut))} | self._code(body, turns)
+            update |= (
+                self._kept(turns) | {parts.status: _status(self._texts.summary(answer, cut))} | self._code(body, turns)
+            )
         yield update
 
     async def _body(self, asked: Turns, values: dict) -> dict[str, Any]:
@@ -335,51 +321,12 @@ class ChatPage:
 
     async def _abandon(self, visitor: gr.Request) -> None:
         """What is under way for this visitor is stopped, and says nothing more."""
-        if run := self._runs.get(visitor.session_hash):
+        if run := self._under_way.get(visitor.session_hash):
             await run.abandon()
-
-    def _summary(self, answer: Answer, cut: str) -> str:
-        texts = self._texts
-        said = []
-        if answer.picture_tokens is not None and answer.prompt_tokens is not None:
-            text = answer.prompt_tokens - answer.picture_tokens
-            said.append(texts.usage.format(pictures=answer.picture_tokens, text=text, tokens=answer.tokens))
-        elif answer.prompt_tokens is not None:
-            said.append(texts.tokens_only.format(prompt=answer.prompt_tokens, tokens=answer.tokens))
-        if answer.first is not None and answer.last is not None:
-            pieces = (answer.tokens or 1) - 1
-            seconds = answer.last - answer.first
-            said.append(texts.first.format(seconds=answer.first))
-            if pieces > 0 and seconds > 0:
-                said.append(texts.rate.format(rate=pieces / seconds))
-        said.append(cut or texts.finish.get(answer.finish or "", answer.finish or ""))
-        if answer.request_id:
-            said.append(texts.request.format(id=answer.request_id))
-        return " · ".join(said)
 
     def _code(self, body: dict, turns: Turns) -> Update:
         told = (body, pictures_of(turns), self._client.base_url, self._client.key is not None)
         return {self.parts.curl: as_curl(*told), self.parts.python: as_python(*told)}
-
-
-async def _until(stopped: asyncio.Event, answers: AsyncIterator[Answer]) -> AsyncGenerator[Answer]:
-    """The answers until there are no more, or until `stopped` is set, which closes their connection."""
-    waiting = asyncio.ensure_future(stopped.wait())
-    try:
-        while True:
-            coming = asyncio.ensure_future(anext(answers, None))
-            await asyncio.wait({coming, waiting}, return_when=asyncio.FIRST_COMPLETED)
-            if not coming.done():
-                coming.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await coming
-                return
-            if (answer := coming.result()) is None:
-                return
-            yield answer
-    finally:
-        waiting.cancel()
-        await answers.aclose()  # type: ignore[attr-defined]  # they are a generator
 
 
 def _turn_number(index: int | tuple[int, int] | list[int]) -> int:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-from qwenvl_jax.demo.client import AskError
+from qwenvl_jax.demo.client import Answer, AskError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +63,25 @@ class Texts:
         if error.kind == "number":
             details = details | {"name": self.numbers[details["name"]]}
         return self.errors[error.kind].format(**details)
+
+    def summary(self, answer: Answer, cut: str) -> str:
+        """The line about a reply: tokens, times, why it ended and the request's id. cut: why it is not whole, or ""."""
+        said = []
+        if answer.picture_tokens is not None and answer.prompt_tokens is not None:
+            text = answer.prompt_tokens - answer.picture_tokens
+            said.append(self.usage.format(pictures=answer.picture_tokens, text=text, tokens=answer.tokens))
+        elif answer.prompt_tokens is not None:
+            said.append(self.tokens_only.format(prompt=answer.prompt_tokens, tokens=answer.tokens))
+        if answer.first is not None and answer.last is not None:
+            pieces = (answer.tokens or 1) - 1
+            seconds = answer.last - answer.first
+            said.append(self.first.format(seconds=answer.first))
+            if pieces > 0 and seconds > 0:
+                said.append(self.rate.format(rate=pieces / seconds))
+        said.append(cut or self.finish.get(answer.finish or "", answer.finish or ""))
+        if answer.request_id:
+            said.append(self.request.format(id=answer.request_id))
+        return " · ".join(said)
 
 
 EN = Texts(

@@ -65,7 +65,7 @@ def test_a_second_question_ends_the_first(page):
 
 
 def test_a_reply_that_is_never_asked_for_more_holds_nobody_up(page, monkeypatch):
-    monkeypatch.setattr("qwenvl_jax.demo.page.SECONDS_FOR_LAST_WORDS", 0.1)
+    monkeypatch.setattr("qwenvl_jax.demo.under_way.SECONDS_FOR_LAST_WORDS", 0.1)
 
     async def run():
         updates = await under_way(page)
