@@ -76,7 +76,12 @@ class Chat:
 
     @property
     def reply(self) -> str:
-        return self.replies.last.inner_text().strip()
+        """The last reply, once it stays as it is: its bubble is drawn a moment after the rest of the page."""
+        text, before = self.replies.last.inner_text(), None
+        while text != before:
+            self.page.wait_for_timeout(100)
+            before, text = text, self.replies.last.inner_text()
+        return text.strip()
 
     @property
     def boxes(self) -> Locator:

@@ -1,13 +1,14 @@
 """A real browser for tests of pages: Debian's Chromium, driven by Playwright.
 
-`page` is a fresh visitor: no cookie or storage of another test. Nothing outside this machine is reached.
+`page` is a new page of one visitor, `new_page` makes one of a visitor without cookies or storage. Nothing outside this
+machine is reached.
 """
 
 import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 PATIENCE = 30_000  # milliseconds; a busy machine takes its time
 ARGUMENTS = (
@@ -52,6 +53,17 @@ def new_page(browser) -> Iterator[Callable[..., Page]]:
         context.close()
 
 
+@pytest.fixture(scope="session")
+def visitor(browser) -> Iterator[BrowserContext]:
+    """The same for most tests, so that the browser has Gradio's many files since the first."""
+    context = browser.new_context(accept_downloads=True, viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(PATIENCE)
+    yield context
+    context.close()
+
+
 @pytest.fixture
-def page(new_page) -> Page:
-    return new_page(viewport={"width": 1280, "height": 900})
+def page(visitor) -> Iterator[Page]:
+    page = visitor.new_page()
+    yield page
+    page.close()

@@ -7,7 +7,6 @@ import pytest
 from browser import box_view_app
 from browser.view import GREY, SIZES, View, open_view
 from PIL import Image
-from playwright.sync_api import BrowserContext, Page
 
 
 @pytest.fixture(scope="session")
@@ -26,21 +25,6 @@ def address(pictures) -> Iterator[str]:
     folder = Path(pictures[0]["url"].partition("=")[2]).parent
     page, address = box_view_app.launch(folder)
     yield address
-    page.close()
-
-
-@pytest.fixture(scope="session")
-def visitor(browser) -> Iterator[BrowserContext]:
-    """The same for most tests, so that the browser has Gradio's many files since the first."""
-    context = browser.new_context(accept_downloads=True, viewport={"width": 1280, "height": 900})
-    yield context
-    context.close()
-
-
-@pytest.fixture
-def page(visitor) -> Iterator[Page]:
-    page = visitor.new_page()
-    yield page
     page.close()
 
 
