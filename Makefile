@@ -56,7 +56,7 @@ screenshots: $(VENV)/.stamp
 
 # Against transformers on torch, which have an environment of their own.
 parity: $(VENV)-parity/.stamp
-	$(VENV)-parity/bin/python -m pytest tests/parity
+	$(VENV)-parity/bin/python $(PYTEST) tests/parity
 
 lint: $(VENV)/.stamp
 	$(RUN) -m ruff check .

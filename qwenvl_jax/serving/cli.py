@@ -218,7 +218,7 @@ def prepare(
 
     def progress(done: int, of: int | None) -> None:
         if done == of or done % PROGRAMS_A_LINE == 1:
-            say(f"compiling: {done} programs" if of is None else f"compiling: {done} of {of} programs")
+            say(f"compiling: {done} done" if of is None else f"compiling: {done} of {of} programs")
 
     engine.warm_up(progress)
     return vlm, engine
