@@ -41,7 +41,13 @@ jax.config.update(
 
 
 # What takes long begins first, or one of two processes would wait at the end for the other's last file.
-LONGEST = ("tests/training/test_", "tests/test_vlm.py", "tests/serving/test_hosts.py", "tests/inference/test_engine")
+LONGEST = (
+    "tests/evaluation/test_command.py",
+    "tests/training/test_",
+    "tests/test_vlm.py",
+    "tests/serving/test_hosts.py",
+    "tests/inference/test_engine",
+)
 
 # JAX makes many objects when it traces a program, and few of them are garbage: to look for it after every 700 of them,
 # as Python does by itself, takes a twentieth of the time.
