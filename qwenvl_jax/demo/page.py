@@ -268,9 +268,8 @@ class ChatPage:
         else:
             cut = self._texts.broken if error else "" if answer.finish else self._texts.stopped
             turns = (*turns[:-1], dataclasses.replace(turns[-1], cut=cut))
-            update |= (
-                self._kept(turns) | {parts.status: _status(self._texts.summary(answer, cut))} | self._code(body, turns)
-            )
+            status = _status(self._texts.summary(answer, cut))
+            update |= self._kept(turns) | {parts.status: status} | self._code(body, turns)
         yield update
 
     async def _body(self, asked: Turns, values: dict) -> dict[str, Any]:

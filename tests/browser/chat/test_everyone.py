@@ -1,4 +1,4 @@
-"""The page for everyone: languages, phones, keyboards, screen readers; and for nobody what is not theirs."""
+"""The page for everyone: languages, phones, keyboards, what axe finds; and for nobody what is not theirs."""
 
 import httpx
 import pytest
