@@ -6,10 +6,10 @@ steps, and its time is spent
 
 - waiting for the results that it reads: the device works, the thread does not;
 - in calls of compiled programs, which puts them in the device's queue (a CPU may compute a part of them at once, so
-  that there this is an upper bound);
+  that there this is an upper bound), by whichever thread makes them;
 - in the rest: looking for new and cancelled requests, reading tokens, making text of them, telling listeners.
 
-The host's share is what the thread's processor worked in the latter two, per decode step; time in which another program
+The host's share is what a processor worked in the latter two, per decode step; time in which another program
 had that processor does not count. It is not what the device loses, since that works on the next steps meanwhile.
 Therefore a bare loop takes turns with the engine on the same batch: it asks for steps, waits for the tokens of those
 asked for before, and does nothing else while the clock runs. A step in the engine takes longer by what the engine holds
@@ -20,11 +20,15 @@ import argparse
 import asyncio
 import dataclasses
 import datetime
+import functools
+import itertools
 import json
 import random
 import statistics
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -42,15 +46,18 @@ from qwenvl_jax.inference.text import token_bytes
 from qwenvl_jax.serving.replies import Replies
 
 GOAL_MS = 1.0  # per step, at 32 slots
-TURNS_EACH = 8  # of the engine, then of the bare loop
+TURNS_EACH = 2  # of the engine, then of the bare loop; the cache keeps a size for four
 WORDS = ("what", "is", "there", "to", "see", "in", "this", "picture", "where", "from", "left", "right")
+
+
+Size = tuple[tuple[int, int], ...]  # rows and slots of each batch's cache
 
 
 @dataclasses.dataclass
 class Turn:
-    """Of the engine's loop, in seconds: by the wall clock, and what the thread's processor did."""
+    """Of the engine's loop, in seconds: by the wall clock, and what a processor did."""
 
-    size: tuple[int, int]  # rows and slots of the cache
+    size: Size
     steps: int = 0
     whole: float = 0.0
     waiting: float = 0.0
@@ -66,22 +73,31 @@ class TimedEngine(Engine):
         self.turns: list[Turn] = []
         self.bare: list[Turn] = []
         self._number = 0  # of the turns with all slots in use
-        self._now = Turn((0, 0))
-        self._decode, self._batch.decode = self._batch.decode, self._timed_decode
+        self._adding = threading.Lock()
+        self._called_here = 0.0  # of a turn's calls, those by the engine's own thread
+        self._now = Turn(())
+        for batch in self._batches.batches:
+            batch.decode = functools.partial(self._timed_decode, batch.decode)
+
+    @property
+    def _size(self) -> Size:
+        return tuple(batch.size for batch in self._batches.batches)
 
     def _turn(self) -> None:
         full = self._full()
         self._number += full
-        now = self._now = Turn(self._batch.size, self._now.steps)
+        now = self._now = Turn(self._size, self._now.steps)
         if full and self._number % (TURNS_EACH + 1) == 0:
             self._bare_turns(now.steps)
             return
-        steady = full and len(self._unread) == 1  # what the turn before has asked for
+        steady = full and len(self._unread) == len(now.size)  # what the turn before has asked for
+        self._called_here = 0.0
         start, worked = time.perf_counter(), time.thread_time()
         super()._turn()
         now.whole = time.perf_counter() - start
         now.worked += time.thread_time() - worked
-        if steady and self._full() and now.size == self._batch.size:
+        now.worked += now.calls - self._called_here
+        if steady and self._full() and now.size == self._size:
             self.turns.append(now)
 
     def _full(self) -> bool:
@@ -91,25 +107,32 @@ class TimedEngine(Engine):
         """Asks for steps and waits for those asked for before, as a turn does; tells the listeners after the last."""
         while self._unread:
             self._read(self._unread.popleft())
-        reports = [_Report.of(*self._decode(steps))]
+        asked = [self._asked(steps)]
         turns = []
         for _ in range(TURNS_EACH):
-            turn = Turn(self._batch.size, steps)
+            turn = Turn(self._size, steps)
             start = time.perf_counter()
-            reports.append(_Report.of(*self._decode(steps)))
-            jax.device_get(reports[-2].grown)
+            asked.append(self._asked(steps))
+            jax.device_get([report.grown for report in asked[-2]])
             turn.whole = time.perf_counter() - start
-            turns += [turn] if turn.size == self._batch.size else []
-        if not np.any(jax.device_get(reports[-1].grown.done)):  # else the last ones had less to do
+            turns += [turn] if turn.size == self._size else []
+        if not any(np.any(jax.device_get(report.grown.done)) for report in asked[-1]):  # else they had less to do
             self.bare += turns
-        for report in reports:
+        for report in itertools.chain(*asked):
             self._read(report)
 
-    def _timed_decode(self, steps: int, *arguments) -> tuple:
+    def _asked(self, steps: int) -> list[_Report]:
+        return [_Report.of(*told) for told in self._batches.decode(steps)]
+
+    def _timed_decode(self, decode: Callable, steps: int, *arguments) -> tuple:
         worked = time.thread_time()
-        found = self._decode(steps, *arguments)
-        self._now.calls += time.thread_time() - worked
-        self._now.steps = steps
+        found = decode(steps, *arguments)
+        worked = time.thread_time() - worked
+        with self._adding:
+            self._now.calls += worked
+            self._now.steps = steps
+            if threading.current_thread() is self._thread:
+                self._called_here += worked
         return found
 
     def _read(self, report) -> None:
@@ -166,9 +189,9 @@ def round_of(engine: TimedEngine, asked: list[Request]) -> dict[str, float]:
     return {name: 1000 * value for name, value in seconds.items()} | {"turns": len(engine.turns)}
 
 
-def by_size(turns: list[Turn]) -> dict[tuple[int, int], list[float]]:
+def by_size(turns: list[Turn]) -> dict[Size, list[float]]:
     """Seconds of a step in each turn: a larger cache takes longer to read."""
-    found: dict[tuple[int, int], list[float]] = {}
+    found: dict[Size, list[float]] = {}
     for turn in turns:
         found.setdefault(turn.size, []).append(turn.whole / turn.steps)
     return found
@@ -188,10 +211,10 @@ def show(rounds: list[dict[str, float]], options: argparse.Namespace, about: dic
     add("by which the engine holds it up", "held_up", "wall")
     table.add_section()
     add("waiting for the device", "waiting", "wall")
-    add("calls of compiled programs", "calls", "the thread's processor")
-    add("requests, reading, text, listeners", "rest", "the thread's processor")
+    add("calls of compiled programs", "calls", "processor")
+    add("requests, reading, text, listeners", "rest", "processor")
     table.add_section()
-    add("the host's share: the two together", "worked", "the thread's processor")
+    add("the host's share: the two together", "worked", "processor")
     console.print(table)
     turns = sum(found["turns"] for found in rounds)
     console.print(

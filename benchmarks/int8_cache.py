@@ -117,7 +117,7 @@ def main() -> None:
         model = EngineModel(options, cache)
         file = options.predictions and options.predictions / f"{cache}.predictions.jsonl"
         lines = scenes.evaluate(model, options.scenes, batch_size=128, predictions=file)
-        size = bytes_per_token(model.engine._batch._past)
+        size = bytes_per_token(model.engine._batches.batches[0]._past)
         model.engine.stop()
         found = [scenes.score(scenes.question_of(line), line["reply"], line["boxes"])["right"] for line in lines]
         low, high = scenes.wilson(sum(found), len(found))

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
+import aiohttp
 import matplotlib
 import numpy as np
 from common import machine
@@ -116,21 +116,21 @@ def picture(seed: int) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-async def ask(client: httpx.AsyncClient, wanted: dict, began: float) -> Answer:
-    """One stream. Raises httpx.HTTPError, or RuntimeError for a stream that fails or has no end.
+async def ask(client: aiohttp.ClientSession, wanted: dict, began: float) -> Answer:
+    """One stream. Raises aiohttp.ClientError, or RuntimeError for a stream that fails or has no end.
 
     Its end is a reason to finish or `[DONE]`; some servers do not send the latter.
     """
     start, times, usage, ended = time.perf_counter(), [], {}, False
-    async with client.stream("POST", "/chat/completions", json=wanted) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            if not line.startswith("data: "):
+    async with client.post("chat/completions", json=wanted) as response:
+        async for line in response.content:
+            if not line.startswith(b"data: "):
                 continue
-            if line == "data: [DONE]":
+            content = line.removeprefix(b"data: ")
+            if content.rstrip() == b"[DONE]":
                 ended = True
                 break
-            chunk = json.loads(line.removeprefix("data: "))
+            chunk = json.loads(content)
             if "error" in chunk:
                 raise RuntimeError(str(chunk["error"]))
             if any(choice["delta"].get("content") for choice in chunk["choices"]):
@@ -146,13 +146,15 @@ async def ask(client: httpx.AsyncClient, wanted: dict, began: float) -> Answer:
 async def load(options: argparse.Namespace, name: str, concurrency: int | None, before: int, progress: Progress) -> Run:
     """Asks `options.requests` times, from so many clients; None: at `options.rate`. before: runs before this one."""
     first, *bodies = (body(options, before * (options.requests + 1) + number) for number in range(options.requests + 1))
-    headers = {"authorization": f"Bearer {options.api_key}"}
-    limits = httpx.Limits(max_connections=None)
     answers: list[Answer] = []
     failures = 0
     bar = progress.add_task(name, total=len(bodies))
-    async with httpx.AsyncClient(
-        base_url=options.base_url, headers=headers, timeout=600, limits=limits, trust_env=False
+    async with aiohttp.ClientSession(
+        options.base_url.rstrip("/") + "/",
+        headers={"authorization": f"Bearer {options.api_key}"},
+        timeout=aiohttp.ClientTimeout(sock_read=600),
+        connector=aiohttp.TCPConnector(limit=0),
+        raise_for_status=True,
     ) as client:
         await ask(client, first, 0)  # connections and what a server does at its first request
         gate = asyncio.Semaphore(concurrency or len(bodies))
@@ -163,7 +165,7 @@ async def load(options: argparse.Namespace, name: str, concurrency: int | None, 
             async with gate:
                 try:
                     answers.append(await ask(client, wanted, began))
-                except (httpx.HTTPError, RuntimeError, ValueError) as error:
+                except (aiohttp.ClientError, RuntimeError, ValueError, TimeoutError) as error:
                     failures += 1
                     progress.console.print(f"{type(error).__name__}: {error}", style="red", markup=False)
             progress.advance(bar)

@@ -15,10 +15,10 @@ from qwenvl_jax.checkpoints.folder import locate
 from qwenvl_jax.checkpoints.huggingface import load_model
 from qwenvl_jax.data.record_batches import BatchRecipe
 from qwenvl_jax.inference import slots
+from qwenvl_jax.inference.batch_programs import with_slots
 from qwenvl_jax.inference.decode import Generator
 from qwenvl_jax.inference.layout import Layout
 from qwenvl_jax.inference.sampling import SamplingOptions, controls
-from qwenvl_jax.inference.slots import with_slots
 from qwenvl_jax.inference.steps import decode, extend, in_int8
 from qwenvl_jax.models.qwen_vl import frequencies
 from qwenvl_jax.nn.lora import LoraRecipe

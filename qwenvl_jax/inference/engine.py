@@ -21,7 +21,9 @@ import numpy as np
 
 from qwenvl_jax.config import UserError
 from qwenvl_jax.inference import executables, sizes
+from qwenvl_jax.inference.batch_programs import BatchPrograms
 from qwenvl_jax.inference.decode import Generator
+from qwenvl_jax.inference.live_batches import LiveBatches, side_by_side
 from qwenvl_jax.inference.prefixes import block_digests
 from qwenvl_jax.inference.reading import MOST_TOKENS, PromptReader
 from qwenvl_jax.inference.reply import Reply
@@ -33,9 +35,10 @@ from qwenvl_jax.inference.work import HostsPart, Leader, Work
 from qwenvl_jax.models.qwen_vl import frequencies
 from qwenvl_jax.processing.images import picture_key
 
-STEPS_PER_TURN = 4  # decode steps between two looks at what is new
-STEPS_OF_MANY = 8  # the same where more than MANY replies share a step: each takes longer, and has more to be told of
-MANY = 8
+TURN_SECONDS = 1 / 16  # that decode steps may take between two looks at what is new
+STEPS_OF_FEW = 4  # the most in a turn; they take little time, and a newcomer need not wait for more
+STEPS_OF_MANY = 16  # the same where more than FEW replies share a step, and each turn has more to be told of
+FEW = 8
 LOOKED_AT = 8  # requests that wait, of which some may be read together: so few may overtake others
 MOST_DRAFTS = CHUNK // 2 - 1  # two steps before the recent part of the cache is full
 CacheForm = Literal["model", "int8"]
@@ -85,11 +88,13 @@ class Engine:
         self.max_length = options.max_length
         self.last_step = time.monotonic()  # when the loop was last seen at work, or got some
         self._generator, self._table = generator, table
-        prompts, batches = sizes.of_prompts(options.max_length), sizes.of_batches(options.slots, options.max_length)
+        prompts, batches = sizes.of_prompts(options.max_length), side_by_side(generator, options.slots)
+        rows = sizes.of_batches(-(-options.slots // batches), options.max_length)
         int8 = options.cache == "int8"
         self._reader = PromptReader(generator, prompts, options.slots, options.pictures, options.prefixes, int8)
-        self._batch = LiveBatch(generator, batches, options.speculate)
-        self._work = Work(self._reader, self._batch, leader)
+        self._programs = BatchPrograms(generator, rows, options.speculate)
+        self._batches = LiveBatches([LiveBatch(self._programs) for _ in range(batches)], options.slots)
+        self._work = Work(self._reader, self._batches, leader)
         self._leader = leader
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
@@ -97,6 +102,8 @@ class Engine:
         self._stopping = False
         self._resting = True  # there was nothing to do
         self._unread: deque[_Report] = deque()
+        self._steps = 1  # asked for in the last turn
+        self._step_seconds = TURN_SECONDS  # that each of them took
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # Before the first request.
@@ -106,10 +113,10 @@ class Engine:
         many once that is known. No other thread should compile meanwhile: JAX's cache is not used."""
         programs, (first, shapes) = self._generator.programs, self._reader.compile()
         with executables.kept() as programs.kept, ThreadPoolExecutor(os.cpu_count()) as pool:
-            for done, of in _side_by_side(pool, first, lambda: self._batch.compile(dict(sorted(shapes.items())))):
+            for done, of in _side_by_side(pool, first, lambda: self._programs.compile(dict(sorted(shapes.items())))):
                 if progress is not None:
                     progress(done, of)
-        self._batch.start()
+        self._batches.start()
         programs.kept, programs.sealed = None, True
         self._compiled = programs.compiled
 
@@ -183,7 +190,7 @@ class Engine:
     @property
     def running(self) -> int:
         """Replies in the batch."""
-        return int(np.sum(self._batch.live))
+        return int(np.sum(self._batches.live))
 
     @property
     def waiting(self) -> int:
@@ -198,7 +205,7 @@ class Engine:
     @property
     def cache_usage(self) -> float:
         """The share of the largest cache that holds tokens."""
-        return self._batch.filled / (self._batch.most * self.max_length)
+        return self._batches.filled / (self._batches.most * self.max_length)
 
     @property
     def picture_hits(self) -> tuple[int, int]:
@@ -215,7 +222,7 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not (self._waiting or self._unread or self._batch.live.any() or self._stopping):
+                while not (self._waiting or self._unread or self._batches.live.any() or self._stopping):
                     self._resting = True
                     self._wake.wait()
                 if self._stopping:
@@ -226,33 +233,37 @@ class Engine:
             except HostsPart:
                 logger.exception("the engine has ended")
                 break
-        self._fail([*self._batch.replies, *self._waiting], "the engine was stopped")
+        self._fail([*self._batches.replies, *self._waiting], "the engine was stopped")
 
     def _turn_or_start_again(self) -> None:
         try:
             self._turn()
         except Exception as error:
             logger.exception("a turn of the engine failed")
-            self._fail(self._batch.replies, repr(error))
+            self._fail(self._batches.replies, repr(error))
             self._unread.clear()
             self._work.start()
 
     def _turn(self) -> None:
+        began, before = time.monotonic(), len(self._unread)
         self._forget_cancelled()
-        before = len(self._unread)
         self._admit()
-        steps = STEPS_PER_TURN if self.running <= MANY else STEPS_OF_MANY
-        if any(reply is not None and reply.request.constraint is not None for reply in self._batch.replies):
+        most = STEPS_OF_FEW if self.running <= FEW else STEPS_OF_MANY
+        steps = max(1, min(most, int(TURN_SECONDS / self._step_seconds)))
+        if any(reply is not None and reply.request.constraint is not None for reply in self._batches.replies):
             steps = self._constrain()
             before = 0
-        if self._batch.live.any():
-            speculate = any(reply is not None and reply.draftable for reply in self._batch.replies)
-            self._unread.append(_Report.of(*self._work.decode(steps, speculate)))
+        if self._batches.live.any():
+            speculate = any(reply is not None and reply.draftable for reply in self._batches.replies)
+            self._unread += [_Report.of(*told) for told in self._work.decode(steps, speculate)]
         else:
             before = len(self._unread)
         # What this turn has asked for is read in the next one: the device always has something to do.
         for _ in range(before):
             self._read(self._unread.popleft())
+        if before:
+            self._step_seconds = (time.monotonic() - began) / self._steps
+        self._steps = steps
 
     def _constrain(self) -> int:
         """Tells the batch what may come next where that depends on what has come. Returns for how many steps it holds.
@@ -261,7 +272,7 @@ class Engine:
         """
         while self._unread:
             self._read(self._unread.popleft())
-        for reply in self._batch.replies:
+        for reply in self._batches.replies:
             if reply is not None and reply.request.constraint is not None:
                 try:
                     self._work.allow(reply, reply.request.constraint.allowed())
@@ -274,13 +285,13 @@ class Engine:
     def _forget_cancelled(self) -> None:
         with self._lock:
             self._waiting = deque(reply for reply in self._waiting if not reply.cancelled)
-        for reply in self._batch.replies:
+        for reply in self._batches.replies:
             if reply is not None and reply.cancelled:
                 self._work.drop(reply)
 
     def _admit(self) -> None:
         """Takes in requests while there are rows; where replies are in progress, as much as may hold them up."""
-        room, encoded = self._batch.most - self.running, False
+        room, encoded = self._batches.most - self.running, False
         budget = MOST_TOKENS if self.running else math.inf
         while self._waiting and room:
             with self._lock:
@@ -307,8 +318,7 @@ class Engine:
             budget -= read.tokens
             if read.grown is not None:
                 self._leave_queue(replies)
-                mark = self._work.put()
-                self._unread.append(_Report.of(read.grown, replies, mark))
+                self._unread.append(_Report.of(read.grown, replies, self._work.put()))
                 room -= len(replies)
 
     def _leave_queue(self, replies: Sequence[Reply]) -> None:
@@ -318,7 +328,7 @@ class Engine:
     def _read(self, report: "_Report") -> None:
         """Tells the listeners what is new, and takes replies that are done out of the batch."""
         grown = jax.device_get(report.grown)
-        for row, reply in enumerate(report.replies):
+        for row, (reply, mark) in enumerate(zip(report.replies, report.marks, strict=True)):
             if reply is None or reply.finished or reply.cancelled:
                 continue
             try:
@@ -329,7 +339,7 @@ class Engine:
             if reply.finished:
                 self._work.drop(reply)
             else:
-                self._work.note(reply, reply.generated, report.mark)
+                self._work.note(reply, reply.generated, mark)
         if np.any(grown.broken):
             self._work.clear()
 
@@ -344,20 +354,20 @@ class Engine:
 
 @dataclasses.dataclass(frozen=True)
 class _Report:
-    """What a call gives, still on the device, for the replies that had the rows then. mark: see `LiveBatch.note`."""
+    """What a call gives, still on the device, for the replies that had the rows then. marks: see `LiveBatch.note`."""
 
     grown: Grown
     replies: Sequence[Reply | None]
-    mark: int
+    marks: Sequence[int]
 
     @classmethod
-    def of(cls, grown: Grown, replies: Sequence[Reply | None], mark: int) -> "_Report":
+    def of(cls, grown: Grown, replies: Sequence[Reply | None], marks: Sequence[int]) -> "_Report":
         """Begins to copy what the replies ask for."""
         if not any(reply is not None and reply.request.alternatives is not None for reply in replies):
             grown = grown._replace(choices=None)
         for array in jax.tree.leaves(grown):
             array.copy_to_host_async()
-        return cls(grown, replies, mark)
+        return cls(grown, replies, marks)
 
 
 def _side_by_side(

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from qwenvl_jax.inference import steps
+from qwenvl_jax.inference.batch_programs import Prefilled, each, with_slots
 from qwenvl_jax.inference.decode import Generator
 from qwenvl_jax.inference.features import AT_ONCE, PictureFeatures
 from qwenvl_jax.inference.layout import Layout
@@ -21,7 +22,6 @@ from qwenvl_jax.inference.prefixes import Prefix, PrefixCache
 from qwenvl_jax.inference.programs import Program
 from qwenvl_jax.inference.reply import Reply
 from qwenvl_jax.inference.sampling import Controls, SamplingOptions, controls
-from qwenvl_jax.inference.slots import Prefilled, each, with_slots
 from qwenvl_jax.inference.steps import Fixed, Grown, Past
 from qwenvl_jax.models.qwen_vl import frequencies
 from qwenvl_jax.nn import cache as kv_cache

@@ -13,11 +13,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from qwenvl_jax.inference.batch_programs import Prefilled
+from qwenvl_jax.inference.live_batches import LiveBatches
 from qwenvl_jax.inference.reading import PromptReader, Read
 from qwenvl_jax.inference.reply import Reply
 from qwenvl_jax.inference.requests import Request
 from qwenvl_jax.inference.sampling import Controls
-from qwenvl_jax.inference.slots import LiveBatch, Prefilled
 from qwenvl_jax.inference.steps import Grown
 
 
@@ -35,13 +36,13 @@ class HostsPart(BaseException):
 
 
 class Work:
-    """The calls, on a reader and a live batch that nobody else changes. Not for several threads.
+    """The calls, on a reader and live batches that nobody else changes. Not for several threads.
 
     leader: tells the other hosts, if there are any. Any exception is HostsPart then.
     """
 
-    def __init__(self, reader: PromptReader, batch: LiveBatch, leader: Leader | None):
-        self._reader, self._batch, self._leader = reader, batch, leader
+    def __init__(self, reader: PromptReader, batches: LiveBatches, leader: Leader | None):
+        self._reader, self._batches, self._leader = reader, batches, leader
         self._group: list[Reply] = []  # requests that are being read, until they have a row
         self._prompts: list[Prefilled] = []  # theirs, when they have been read
 
@@ -59,43 +60,45 @@ class Work:
         self._prompts = read.prompts
         return read
 
-    def put(self) -> int:
+    def put(self) -> list[int]:
         """`LiveBatch.put` of each that was read last."""
         with self._told("put"):
-            for reply, prompt in zip(self._group, self._prompts, strict=True):
-                mark = self._batch.put(reply, prompt, reply.request.prompt.input_ids)
+            marks = [
+                self._batches.put(reply, prompt, reply.request.prompt.input_ids)
+                for reply, prompt in zip(self._group, self._prompts, strict=True)
+            ]
         self._group, self._prompts = [], []
-        return mark
+        return marks
 
     def allow(self, reply: Reply, tokens: np.ndarray) -> None:
         """`LiveBatch.allow`."""
-        with self._told("allow", self._batch.replies.index(reply), tokens):
-            self._batch.allow(reply, tokens)
+        with self._told("allow", self._batches.replies.index(reply), tokens):
+            self._batches.allow(reply, tokens)
 
     def drop(self, reply: Reply) -> None:
         """`LiveBatch.drop`."""
-        with self._told("drop", self._batch.replies.index(reply)):
-            self._batch.drop(reply)
+        with self._told("drop", self._batches.replies.index(reply)):
+            self._batches.drop(reply)
 
     def clear(self) -> None:
         """`LiveBatch.clear`."""
         with self._told("clear"):
-            self._batch.clear()
+            self._batches.clear()
 
     def start(self) -> None:
         """`LiveBatch.start`."""
         with self._told("start"):
-            self._batch.start()
+            self._batches.start()
 
-    def decode(self, steps: int, speculate: bool) -> tuple[Grown, list[Any], int]:
-        """`LiveBatch.decode`."""
+    def decode(self, steps: int, speculate: bool) -> list[tuple[Grown, list[Any], list[int]]]:
+        """`LiveBatches.decode`."""
         with self._told("decode", steps, speculate):
-            return self._batch.decode(steps, speculate)
+            return self._batches.decode(steps, speculate)
 
     def note(self, reply: Reply, generated: int, mark: int) -> None:
         """`LiveBatch.note`."""
-        with self._told("note", self._batch.replies.index(reply), generated, mark):
-            self._batch.note(reply, generated, mark)
+        with self._told("note", self._batches.replies.index(reply), generated, mark):
+            self._batches.note(reply, generated, mark)
 
     def follow(self, orders: Iterable[tuple]) -> None:
         """Does what a leader tells."""
@@ -104,12 +107,12 @@ class Work:
             "encode": lambda: self.encode(self._group),
             "read": lambda: self.read(self._group),
             "put": self.put,
-            "allow": lambda row, tokens: self.allow(self._batch.replies[row], tokens),
-            "drop": lambda row: self.drop(self._batch.replies[row]),
+            "allow": lambda row, tokens: self.allow(self._batches.replies[row], tokens),
+            "drop": lambda row: self.drop(self._batches.replies[row]),
             "clear": self.clear,
             "start": self.start,
             "decode": self.decode,
-            "note": lambda row, *told: self.note(self._batch.replies[row], *told),
+            "note": lambda row, *told: self.note(self._batches.replies[row], *told),
         }
         for name, *arguments in orders:
             calls[name](*arguments)

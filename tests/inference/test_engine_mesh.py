@@ -80,7 +80,7 @@ def test_rows_and_heads_are_split(engine):
     layout, mesh = engine._generator.layout, engine._generator.layout.mesh
     by_rows = ("data", "fsdp")
     for rows, split in ((1, None), (4, by_rows)):
-        past, state, fixed = engine._batch._sized(rows, LENGTH)
+        past, state, fixed = engine._programs.shapes(rows, LENGTH)
         for leaf in jax.tree.leaves((past, state.recent_k, state.recent_v)):
             assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, P(split, "tensor")), leaf.ndim)
         for leaf in jax.tree.leaves((state._replace(recent_k=[], recent_v=[]), fixed)):
@@ -95,7 +95,7 @@ def test_rows_and_heads_are_split(engine):
         held = sum(shard_bytes(leaf) for leaf in shapes)
         assert held < sum(leaf.size * leaf.dtype.itemsize for leaf in shapes) or rows == 1
         assert compiled.memory_analysis().alias_size_in_bytes == held
-    assert layout.mesh.size == len(engine._batch._past.k[0].sharding.device_set)
+    assert layout.mesh.size == len(engine._batches.batches[0]._past.k[0].sharding.device_set)
 
 
 def shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
@@ -104,8 +104,8 @@ def shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
 
 def test_no_program_gathers_the_cache(engine):
     """A step, a row that comes in, and recent tokens that are moved: none has the keys of other rows or heads come."""
-    batch, key = engine._batch, (4, LENGTH)
-    programs = [engine._generator.decode_steps._ahead[key], batch._place._ahead[*key, LENGTH], batch._flush._ahead[key]]
+    all_of, key = engine._programs, (4, LENGTH)
+    programs = [all_of.decode._ahead[key], all_of.place._ahead[*key, LENGTH], all_of.flush._ahead[key]]
     for program in programs:
         text = program.as_text()
         assert f",{LENGTH},64]" in text  # keys and values [R, N, S, H]; the compiler may change the order of the first

@@ -83,7 +83,7 @@ def test_the_tiny_model_gives_the_same_replies(engine, tiny):
     assert [text(updates) for updates in first] == plain
     assert [text(updates) for updates in again] == plain
     assert [updates[-1].cached_tokens for updates in first + again] == [0] * 3 + [64] * 3
-    past = engine._batch._past
+    past = engine._batches.batches[0]._past
     assert {leaf.dtype for leaf in jax.tree.leaves(past)} == {np.dtype(np.int8), np.dtype(np.float32)}
     assert all(tokens.codes.dtype == np.int8 for tokens in past.k + past.v)
 
@@ -126,8 +126,8 @@ def test_logits_are_off_by_little(tiny):
 
 def test_what_an_engine_needs_counts_codes_and_scales(tiny, engine):
     plan = plan_memory(tiny.generator, OPTIONS)
-    leaves = jax.tree.leaves(engine._batch._past)
-    rows, slots = engine._batch.size
+    leaves = jax.tree.leaves(engine._batches.batches[0]._past)
+    rows, slots = engine._batches.batches[0].size
     assert plan.prefixes == OPTIONS.prefixes * sum(leaf.nbytes for leaf in leaves) // (rows * slots)
     full = plan_memory(tiny.generator, dataclasses.replace(OPTIONS, cache="model"))
     assert plan.prefixes * 4 * 32 == full.prefixes * (32 + 4)

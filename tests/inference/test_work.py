@@ -100,7 +100,7 @@ def test_a_follower_does_what_its_leader_does(leader, told, small_model, monkeyp
     }  # fmt: skip
     follower.follow(orders)
     for name in ("_past", "_state", "_fixed", "_prompts", "_most", "_used", "_asked"):
-        mine, its = getattr(follower._batch, name), getattr(leader._batch, name)
+        mine, its = (getattr(engine._batches.batches[0], name) for engine in (follower, leader))
         jax.tree.map(np.testing.assert_array_equal, mine, its)
     assert (follower.running, follower.recompiles) == (0, 0)
     assert list(follower._reader.features._kept) == list(leader._reader.features._kept)
