@@ -39,6 +39,7 @@ from rich.table import Table
 
 import qwenvl_jax as qv
 from qwenvl_jax.config import UserError
+from qwenvl_jax.inference import engine as engines
 from qwenvl_jax.inference.engine import Engine, EngineOptions, _Report
 from qwenvl_jax.inference.requests import Request
 from qwenvl_jax.inference.sampling import SamplingOptions
@@ -230,12 +231,15 @@ def main() -> int:
     add("--checkpoint", default="tiny")
     add("--slots", type=int, default=32)
     add("--tokens", type=int, default=256, help="of each reply (256)")
+    add("--batches", type=int, help="live batches side by side (what the engine thinks best)")
     add("--rounds", type=int, default=5, help="of as many replies as there are slots (5)")
     add("--output", type=Path, help="a JSON file for the numbers")
     options = parser.parse_args()
     console = Console(width=120)
     try:
         vlm = qv.load(options.checkpoint)
+        if options.batches:
+            engines.side_by_side = lambda generator, slots: options.batches
         engine = TimedEngine(vlm, EngineOptions(options.slots, options.tokens + 128))
         engine.warm_up()
         engine.start()
