@@ -14,7 +14,7 @@ import pytest
 from qwenvl_jax.checkpoints.folder import locate
 from qwenvl_jax.checkpoints.huggingface import load_model
 from qwenvl_jax.data.record_batches import BatchRecipe
-from qwenvl_jax.inference import slots
+from qwenvl_jax.inference import batch_programs
 from qwenvl_jax.inference.batch_programs import with_slots
 from qwenvl_jax.inference.decode import Generator
 from qwenvl_jax.inference.layout import Layout
@@ -90,4 +90,5 @@ def test_encoding_prefill_and_decoding(quantize):
     program = generator.program(partial(decode, drafts=3), Layout.batch).jitted
     assert lowered(program, generator.leaves, *steps, state=speculating).platforms == PLATFORMS
     assert lowered(jax.jit(in_int8), past).platforms == PLATFORMS
-    assert lowered(jax.jit(slots._flush), int8.k[0], state.recent_k[0], one, state.taken).platforms == PLATFORMS
+    moved = lowered(jax.jit(batch_programs._flush), int8.k[0], state.recent_k[0], one, state.taken)
+    assert moved.platforms == PLATFORMS
