@@ -1,6 +1,6 @@
 """Prompt lookup: drafts are what followed the same tokens before, and replies with them are those without."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -11,8 +11,8 @@ from prompts import ask, longer, picture_prompt, run, text_prompt
 from qwenvl_jax.config import UserError
 from qwenvl_jax.inference.decode import Generator
 from qwenvl_jax.inference.engine import Engine, EngineOptions
+from qwenvl_jax.inference.programs import Program
 from qwenvl_jax.inference.sampling import SamplingOptions, controls
-from qwenvl_jax.inference.slots import LiveBatch
 from qwenvl_jax.inference.speculation import LONGEST, NOTHING, SHORTEST, draftable, drafted
 from qwenvl_jax.models.qwen_vl import QwenVL
 
@@ -81,19 +81,27 @@ def engine(model) -> Iterator[Engine]:
     engine.stop()
 
 
+class CountedSteps:
+    """A program of decode steps that adds what it is asked for to a count."""
+
+    def __init__(self, program: Program, width: int, asked: dict[bool, int]):
+        self._program, self._width, self._asked = program, width, asked
+
+    def __getitem__(self, size: tuple[int, int]) -> Callable:
+        def call(leaves, past, fixed, used, end, stopped, *, state):
+            self._asked[self._width > 1] += int(end - used) // self._width
+            return self._program[size](leaves, past, fixed, used, end, stopped, state=state)
+
+        return call
+
+
 @pytest.fixture
-def steps(monkeypatch) -> dict[bool, int]:
+def steps(engine, monkeypatch) -> dict[bool, int]:
     """How many steps have been asked for, with drafts and without."""
     asked = {True: 0, False: 0}
-    decode = LiveBatch.decode
-
-    def counted(self, steps, speculate):
-        before = self._used if self._used + DRAFTS < 32 else 0
-        found = decode(self, steps, speculate)
-        asked[self._used - before > steps] += steps
-        return found
-
-    monkeypatch.setattr(LiveBatch, "decode", counted)
+    programs = engine._programs
+    monkeypatch.setattr(programs, "speculate", CountedSteps(programs.speculate, 1 + DRAFTS, asked))
+    monkeypatch.setattr(programs, "decode", CountedSteps(programs.decode, 1, asked))
     return asked
 
 
