@@ -11,7 +11,7 @@ steps, and its time is spent
 
 The host's share is what a processor worked in the latter two, per decode step; time in which another program
 had that processor does not count. It is not what the device loses, since that works on the next steps meanwhile.
-Therefore a bare loop takes turns with the engine on the same batch: it asks for steps, waits for the tokens of those
+Therefore a bare loop takes turns with the engine on the same batches: it asks for steps, waits for the tokens of those
 asked for before, and does nothing else while the clock runs. A step in the engine takes longer by what the engine holds
 it up. On a CPU, device and host share cores, and the former figure is the more certain one.
 """
@@ -49,7 +49,6 @@ from qwenvl_jax.serving.replies import Replies
 GOAL_MS = 1.0  # per step, at 32 slots
 TURNS_EACH = 2  # of the engine, then of the bare loop; the cache keeps a size for four
 WORDS = ("what", "is", "there", "to", "see", "in", "this", "picture", "where", "from", "left", "right")
-
 
 Size = tuple[tuple[int, int], ...]  # rows and slots of each batch's cache
 
@@ -96,8 +95,7 @@ class TimedEngine(Engine):
         start, worked = time.perf_counter(), time.thread_time()
         super()._turn()
         now.whole = time.perf_counter() - start
-        now.worked += time.thread_time() - worked
-        now.worked += now.calls - self._called_here
+        now.worked += time.thread_time() - worked + now.calls - self._called_here
         if steady and self._full() and now.size == self._size:
             self.turns.append(now)
 

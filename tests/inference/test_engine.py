@@ -198,6 +198,30 @@ def test_a_row_is_free_two_turns_after_its_client_has_gone(engine, monkeypatch):
     assert not listening.ended.is_set()
 
 
+def test_a_turn_of_slow_steps_has_one(engine, monkeypatch):
+    """So that text comes token by token. The first turns may still go by steps that were fast."""
+    asked, decode, read = [], LiveBatch.decode, Engine._read
+    running = []
+
+    def noted(self, steps, speculate):
+        asked.append(steps)
+        running.append(steps)
+        return decode(self, steps, speculate)
+
+    def slow(self, report):
+        if report.grown.tokens.shape[1] > 1:  # of decode steps
+            time.sleep(0.05 * running.pop(0))
+        read(self, report)
+
+    monkeypatch.setattr(LiveBatch, "decode", noted)
+    monkeypatch.setattr(Engine, "_read", slow)
+    listening = ask(engine, text_prompt(30), SamplingOptions(max_new_tokens=24))
+    assert listening.last.finish_reason == "length"
+    assert set(asked[3:]) == {1}
+    assert max(asked) <= 4
+    assert all(len(update.text) == 1 for update in listening.updates[4:-1])
+
+
 def test_who_is_cancelled_hears_nothing_and_the_others_do_not_notice(engine, generator):
     prompt = text_prompt(30)
     expected = texts(run(generator, [prompt], SamplingOptions(max_new_tokens=60)))[0]
